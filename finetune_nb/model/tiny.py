@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['CHATML', 'tiny_tokenizer', 'tiny_model']
 
-# %% ../../nbs/model/tiny.ipynb #4c412e19
+# %% ../../nbs/model/tiny.ipynb #f4698041
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .quiet import quiet
 
 # %% ../../nbs/model/tiny.ipynb #cfe7b75e
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -42,7 +44,7 @@ def _random_llama(tokenizer: Any, seed: int) -> LlamaForCausalLM:
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
-# %% ../../nbs/model/tiny.ipynb #80feb538
+# %% ../../nbs/model/tiny.ipynb #5c6a8fb6
 def tiny_model(folder: str | Path,                  # where the model is saved
                vocab_texts: tuple[str, ...] = (),   # texts the tokenizer learns its pieces from
                seed: int = 0,                       # of the weights
@@ -50,7 +52,7 @@ def tiny_model(folder: str | Path,                  # where the model is saved
               ) -> Path:                            # the folder, usable in `base_models`
     "Save a random model of about a million parameters as safetensors, with its tokenizer."
     made = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else tiny_tokenizer(vocab_texts)
-    _random_llama(made, seed).save_pretrained(folder)
+    with quiet(): _random_llama(made, seed).save_pretrained(folder)
     made.save_pretrained(folder)
     (Path(folder) / 'README.md').write_text('---\nlicense: apache-2.0\n---\nRandom weights, for tests.\n')
     return Path(folder)

@@ -1,0 +1,31 @@
+"Public instruction data, and rows from Python's own docstrings, through all six stages with a small budget."
+import json
+import sys
+
+import pytest
+import yaml
+from conftest import cli, public_data
+
+SMALL = {'train': {'max_steps': 2, 'batch_size': 2, 'max_tokens': 512, 'evals': 1, 'validation_rows': 4},
+         'evaluate': {'metric': 'rouge_l', 'max_rows': 6, 'max_new_tokens': 8}, 'deploy': {'check_rows': 2}}
+WAIVED = [{'gate': f'Q{n}', 'who': 'the tests', 'why': 'public data, tiny budget'} for n in range(1, 7)]
+
+
+def run(tmp_path, tiny_model, sources, **data):
+    tree = {'name': 'real', 'data': {'sources': sources, 'max_rows': 300, **data}, 'base_models': [str(tiny_model)], 'waivers': WAIVED, **SMALL}
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(tree))
+    done = cli('run', recipe, '--name', 'real', '--reports', tmp_path / 'reports')
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((tmp_path / 'reports' / 'real' / 'run.json').read_text())
+
+
+@pytest.mark.parametrize('name', ['gpteacher_roleplay', 'lf_alpaca_en_demo', 'lf_glaive_toolcall_en_demo'])
+def test_public_data(name, tmp_path, tiny_model):
+    record = run(tmp_path, tiny_model, [{'path': str(public_data(f'{name}.jsonl.gz'))}])
+    assert record['status'] == 'complete' and len(record['stages']) == 6
+
+
+def test_python_packages(tmp_path, tiny_model):
+    record = run(tmp_path, tiny_model, [{'python': ['json', 'email', 'argparse', 'logging']}])
+    assert record['status'] == 'complete'
