@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def cli(*words, cwd=None, timeout=600, **env):
     "Run the command line as a user does, in a process of its own."
-    return subprocess.run([sys.executable, '-m', 'finetune_nb.pipeline.cli', *map(str, words)], cwd=cwd, timeout=timeout,
+    return subprocess.run([Path(sys.executable).with_name('finetune-nb'), *map(str, words)], cwd=cwd, timeout=timeout,
                           capture_output=True, text=True, env={**os.environ, **env})
 
 

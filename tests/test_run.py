@@ -155,7 +155,7 @@ def test_a_failing_stage_leaves_a_report(recipe_of, tmp_path):
 def test_kill_during_training_then_resume(recipe_of, tmp_path):
     "kill -9 in the middle: `runs` writes the dead run's report, `--resume` finishes it, each step is logged once."
     recipe = recipe_of(tmp_path, train__max_steps=400, train__evals=40)
-    words = [sys.executable, '-m', 'finetune_nb.pipeline.cli', 'run', str(recipe), '--name', 'killed', '--reports', str(tmp_path / 'reports')]
+    words = [str(Path(sys.executable).with_name('finetune-nb')), 'run', str(recipe), '--name', 'killed', '--reports', str(tmp_path / 'reports')]
     run = tmp_path / 'reports' / 'killed'
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     log = run / 'training' / 'log.jsonl'

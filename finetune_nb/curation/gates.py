@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'FLOORS', 'ORDER', 'check_thresholds', 'Gate', 'worst_by_gate', 'blocked', 'gate_table', 'waive',
-           'format_gate', 'clarity_gate', 'production_gate', 'response_gates', 'edge_gates', 'balance_gates',
-           'volume_gate', 'judge_gates']
+           'waiver_table', 'format_gate', 'clarity_gate', 'production_gate', 'response_gates', 'edge_gates',
+           'balance_gates', 'volume_gate', 'judge_gates']
 
 # %% ../../nbs/1_curation/gates.ipynb #5f790b26
 from collections import Counter
@@ -93,6 +93,12 @@ def waive(gates: list[Gate], waivers: list[Waiver]) -> list[Gate]:
     given = {w.gate: w for w in waivers}
     return [replace(g, verdict='WAIVED', waived={'who': given[g.gate].who, 'why': given[g.gate].why, 'was': g.verdict})
             if g.gate in given and g.verdict != 'PASS' else g for g in gates]
+
+# %% ../../nbs/1_curation/gates.ipynb #448957b9
+def waiver_table(gates: Iterable[Gate]) -> Shown:
+    "Who answers for which gate."
+    given = sorted({(g.gate, g.waived['who'], g.waived['why']) for g in gates if g.waived})
+    return table([{'gate': gate, 'who': who, 'why': why} for gate, who, why in given], caption='Waived')
 
 # %% ../../nbs/1_curation/gates.ipynb #057bfc6f
 def _share(gate: str, check: str, good: int, n: int, least: float, **more) -> Gate:

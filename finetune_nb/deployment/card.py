@@ -31,7 +31,7 @@ def _table(rows: list[dict]) -> str:
     line = lambda cells: '| ' + ' | '.join(cells) + ' |'
     return '\n'.join([line(rows[0]), line(['---'] * len(rows[0])), *(line([_text(v) for v in row.values()]) for row in rows)])
 
-# %% ../../nbs/5_deployment/card.ipynb #81aeff57
+# %% ../../nbs/5_deployment/card.ipynb #84181d56
 def metadata(base: dict,          # {'hub', 'licence', …}
              approach: str,       # lora | full | …
              language: str = '',  # code such as 'en', '' when not known
@@ -39,7 +39,7 @@ def metadata(base: dict,          # {'hub', 'licence', …}
     "The card's metadata, in the names that the Hub reads."
     head = {'language': language, 'license': str(base.get('licence') or '').lower(), 'base_model': base.get('hub'),
             'base_model_relation': 'finetune' if base.get('hub') else None, 'library_name': 'transformers',
-            'pipeline_tag': 'text-generation', 'tags': ['finetune_nb', approach, 'conversational']}
+            'pipeline_tag': 'text-generation', 'tags': ['finetune_nb', *([] if approach == 'none' else [approach]), 'conversational']}
     return {key: value for key, value in head.items() if value}
 
 # %% ../../nbs/5_deployment/card.ipynb #951ee615
@@ -88,13 +88,20 @@ def _system(system: str | None) -> str:
     fenced = '\n'.join('    ' + line for line in system.splitlines())
     return f'\n\nIn training every conversation began with this system message; send it first:\n\n{fenced}'
 
-# %% ../../nbs/5_deployment/card.ipynb #7274a268
+# %% ../../nbs/5_deployment/card.ipynb #6ef90961
+def _origin(base: dict, approach: str) -> str:
+    "What was made from what."
+    name = _text(base.get('hub') or base.get('name'))
+    if approach == 'none': return f'The weights of {name}, unchanged: the run took no training step. Packaged by finetune_nb.'
+    return f'A language model fine-tuned from {name} with {_text(approach)}, by finetune_nb.'
+
+# %% ../../nbs/5_deployment/card.ipynb #76572a0e
 CARD = '''---
 {head}---
 
 # {name}
 
-A language model fine-tuned from {base} with {approach}, by finetune_nb.
+{origin}
 
 ## Intended use
 
@@ -141,13 +148,13 @@ Decoding is greedy, as it was in evaluation; `generation_config.json` says so an
 `sha256sum -c manifest.sha256`, run inside this folder, checks that every file is as it was written.
 '''
 
-# %% ../../nbs/5_deployment/card.ipynb #b8d55a06
+# %% ../../nbs/5_deployment/card.ipynb #97897e58
 def card(facts: dict) -> str:   # name, goal, base, approach, splits, sources, gates, training, verdict, metrics, system, language
     "The model card as Markdown with its YAML head."
     base, verdict = facts['base'], facts['verdict']
     return CARD.format(
         head=yaml.safe_dump(metadata(base, facts['approach'], facts.get('language') or ''), sort_keys=False, allow_unicode=True),
-        name=_text(facts['name']), base=_text(base.get('hub') or base.get('name')), approach=_text(facts['approach']),
+        name=_text(facts['name']), origin=_origin(base, facts['approach']),
         goal=_text(facts.get('goal')), counts=_table(_counts(facts['splits'])), sources=_table(facts.get('sources') or []),
         gates=_table([_gate(g) for g in facts['gates']]), training=_table([{'what': k, 'value': v} for k, v in facts['training'].items()]),
         verdict=_text(verdict.get('verdict')), because=_text(verdict.get('because')),

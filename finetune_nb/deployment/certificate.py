@@ -45,13 +45,13 @@ def load_plainly(package: str | Path) -> tuple:   # model, tokenizer
     with quiet(): model = AutoModelForCausalLM.from_pretrained(package, dtype='auto', attn_implementation=attention).to(device).eval()
     return model, AutoTokenizer.from_pretrained(package, padding_side='left')
 
-# %% ../../nbs/5_deployment/certificate.ipynb #dbe36e80
+# %% ../../nbs/5_deployment/certificate.ipynb #50eb072f
 def answer_plainly(model, tokenizer, prompts: list[list[int]]) -> list[str]:
     "The answers to prompts given as token ids, by one `generate` with the package's own settings."
     import torch
     batch = tokenizer.pad({'input_ids': prompts}, return_tensors='pt').to(model.device)
     with torch.inference_mode(): out = model.generate(**batch)
-    return tokenizer.batch_decode(out[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)
+    return tokenizer.batch_decode(out[:, batch['input_ids'].shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/5_deployment/certificate.ipynb #e6999492
 def plain_prompt(tokenizer, question: dict) -> list[int] | None:
@@ -105,14 +105,14 @@ def _differences(asked: list[dict], answers: list[str], how: str, gap) -> list[d
     return [{'id': q['id'], 'category': q['category'], 'how': how, 'evaluated': q['evaluated'], 'answered': said, 'gap': gap(i, said)}
             for i, (q, said) in enumerate(zip(asked, answers)) if said != q['evaluated']]
 
-# %% ../../nbs/5_deployment/certificate.ipynb #de493720
+# %% ../../nbs/5_deployment/certificate.ipynb #34c224d9
 def _because(rows: int, found: list[dict], broken: list[str], same_template: bool, unlike: int = 0) -> str:
     "The certificate in one sentence or two."
     if not rows: return 'No test row was answered in evaluation, so there is nothing to compare.'
     parts = [f'Files differ: {"; ".join(broken)}.'] if broken else []
     if not same_template: parts.append('The chat template is not the one that training used.')
     ties = sum(d['gap'] is not None and d['gap'] <= NEAR_TIE for d in found)
-    if found: parts.append(f'{len(found)} of {2 * rows} answers differ from evaluation; {ties} of them part at a near tie '
+    if found: parts.append(f'{len(found)} of {2 * rows} answers differ from evaluation, {ties} of them from a near tie on '
                            f'(two tokens within {NEAR_TIE} nats, which the size of a batch can flip).')
     if not parts: parts.append(f'All {rows} rows were answered as in evaluation, after reloading and through the server.')
     if unlike: parts.append(f'apply_chat_template alone writes {unlike} of the {rows} prompts differently from training (control tokens in '

@@ -46,7 +46,7 @@ def talk(answer: Any,                 # (messages) → text; raises BadInput whe
                 print(f'({error})', file=out, flush=True)
             else: print(said[-1]['content'], file=out, flush=True)
 
-# %% ../../nbs/5_deployment/chat.ipynb #b75e2e9d
+# %% ../../nbs/5_deployment/chat.ipynb #6c82d06e
 def _answerer(loaded: Any, max_new_tokens: int):
     "A function that answers a conversation with evaluation's own `generate`."
     from finetune_nb.model.generate import generate
@@ -56,7 +56,7 @@ def _answerer(loaded: Any, max_new_tokens: int):
         tokens = len(prompt_ids(loaded.tokenizer, messages))
         if tokens + max_new_tokens > loaded.context:
             raise BadInput(f'{tokens} tokens and an answer do not fit the context of {loaded.context}; /clear begins anew')
-        return generate(loaded, [messages], max_new_tokens, 1)[0].text
+        return generate(loaded, [messages], max_new_tokens, 1, label='')[0].text
     return answer
 
 # %% ../../nbs/5_deployment/chat.ipynb #0d4ac9a9

@@ -111,12 +111,12 @@ class Engine:
                 _answer(self._answerer, [ask for ask in alive if ask.kind == kind])
             self._last = time.monotonic() - began
 
-# %% ../../nbs/5_deployment/engine.ipynb #41249e51
+# %% ../../nbs/5_deployment/engine.ipynb #08103d58
 def model_engine(loaded: Any,       # model and tokenizer
                  most: int = 8,     # requests a batch
                  room: int = 64,    # requests that may wait
                 ) -> Engine:
     "An engine whose thread owns a model."
     from finetune_nb.model.generate import generate
-    answerer = lambda many, max_new_tokens, tools: generate(loaded, many, max_new_tokens, most, tools=tools)
+    answerer = lambda many, max_new_tokens, tools: generate(loaded, many, max_new_tokens, most, tools=tools, label='')
     return Engine(answerer, most=most, room=room)

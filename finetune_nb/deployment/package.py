@@ -87,17 +87,16 @@ def package_facts(package: str | Path) -> dict:   # name, base, verdict, max_new
     path = Path(package) / FACTS
     return read_json(path) if path.is_file() else {}
 
-# %% ../../nbs/5_deployment/package.ipynb #1710261a
+# %% ../../nbs/5_deployment/package.ipynb #7cf946b5
 def _save_weights(loaded, folder: Path, max_new_tokens: int) -> None:
     "Model, tokenizer and generation settings in the `save_pretrained` layout."
     from transformers import GenerationConfig
 
     from finetune_nb.model.quiet import quiet
-    old = loaded.model.generation_config
-    ends = old.eos_token_id if old.eos_token_id is not None else loaded.tokenizer.eos_token_id
+    from finetune_nb.model.template import terminators
     loaded.model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, bos_token_id=old.bos_token_id, eos_token_id=ends,
-        pad_token_id=loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else loaded.tokenizer.eos_token_id)
+        do_sample=False, max_new_tokens=max_new_tokens, bos_token_id=loaded.tokenizer.bos_token_id,
+        eos_token_id=terminators(loaded.tokenizer), pad_token_id=loaded.tokenizer.pad_token_id)
     with quiet(): loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 

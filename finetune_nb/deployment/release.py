@@ -73,7 +73,13 @@ def _training(run: Run, tuned: Any) -> dict:
             'peak learning rate': recipe.learning_rate, 'precision shipped': told.get('ships_in'), 'loss on': 'assistant tokens only',
             'tokens that carry loss': (told.get('masks') or {}).get('trained'), 'seconds': told.get('seconds'), 'seed': run.recipe.seed}
 
-# %% ../../nbs/5_deployment/release.ipynb #9e006f3b
+# %% ../../nbs/5_deployment/release.ipynb #514fa1fe
+def _fingerprint(tuned: Any) -> str | None:
+    "The fingerprint of the template that training saw, None where it was not recorded."
+    found = (tuned.masks or {}).get('fingerprint')
+    return None if found == 'NOT MEASURED' else found
+
+# %% ../../nbs/5_deployment/release.ipynb #f2af36ce
 def run_facts(run: Run, curated: Any, tuned: Any, verdict: Any, ref: Any) -> dict:
     "All that the card says, from what the run recorded."
     said = plain(verdict)
@@ -82,7 +88,7 @@ def run_facts(run: Run, curated: Any, tuned: Any, verdict: Any, ref: Any) -> dic
             'sources': _sources([*curated.train, *curated.validation, *curated.test]), 'gates': [plain(gate) for gate in curated.gates],
             'training': _training(run, tuned), 'verdict': {k: v for k, v in said.items() if k not in ('metrics', 'examples')},
             'metrics': [m for m in said['metrics'] if m['slice'] == 'all'], 'system': common_system(curated.train),
-            'fingerprint': (tuned.masks or {}).get('fingerprint')}
+            'fingerprint': _fingerprint(tuned)}
 
 # %% ../../nbs/5_deployment/release.ipynb #43123728
 def _is_ours(line: str) -> bool:
@@ -113,7 +119,7 @@ def _package(run: Run, curated: Any, tuned: Any, verdict: Any) -> Path:
     return write_package(load_tuned(run.folder), run_facts(run, curated, tuned, verdict, ref), run.path('deployment', 'package'),
                          run.recipe.evaluate.max_new_tokens, Path(ref.path))
 
-# %% ../../nbs/5_deployment/release.ipynb #73c70304
+# %% ../../nbs/5_deployment/release.ipynb #449b9c8b
 def release(run: Run,       # the run; its folder receives deployment/
             curated: Any,   # stage 1
             tuned: Any,     # stage 3
@@ -125,7 +131,7 @@ def release(run: Run,       # the run; its folder receives deployment/
     log = run.path('deployment', 'requests.jsonl')
     forget_certificate(log)
     asked = questions(curated.test, verdict.examples, run.recipe.deploy.check_rows)
-    certificate = certify(package, asked, (tuned.masks or {}).get('fingerprint'), run.recipe.evaluate.batch_size)
+    certificate = certify(package, asked, _fingerprint(tuned), run.recipe.evaluate.batch_size)
     made = Release('deployment/package', files_of(package), certificate, served_rows(log))
     made.save(run.folder)
     return made

@@ -46,7 +46,7 @@ async def _body(request: Request) -> bytes:
     try: return await asyncio.wait_for(read(), PATIENCE)
     except TimeoutError: raise Refused(408, f'the body did not arrive within {PATIENCE} s', headers={'Connection': 'close'}) from None
 
-# %% ../../nbs/5_deployment/serve.ipynb #66b679cf
+# %% ../../nbs/5_deployment/serve.ipynb #431d7dfb
 class Server:
     "A model, its engine and its log: what the routes share."
     def __init__(self, loaded: Any, name: str, engine: Engine, log: RequestLog | None, key: str | None, most_new_tokens: int, content: bool):
@@ -57,8 +57,8 @@ class Server:
     def admit(self, request: Request) -> None:
         "Raise Refused unless the request carries the key."
         if self._key is None: return
-        given = request.headers.get('authorization', '').removeprefix('Bearer ')
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        scheme, _, given = request.headers.get('authorization', '').partition(' ')
+        if scheme.lower() != 'bearer' or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
             raise Refused(401, 'a bearer key is needed: Authorization: Bearer …', code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'})
 
     def count(self, asked: ChatRequest) -> int:
@@ -191,7 +191,7 @@ def package_app(folder: str | Path,        # a run's folder or a package
     return make_app(loaded, package.parent / 'requests.jsonl', facts.get('name') or package.name, key,
                     facts.get('max_new_tokens') or 256, content)
 
-# %% ../../nbs/5_deployment/serve.ipynb #5fe0ba1d
+# %% ../../nbs/5_deployment/serve.ipynb #739862c7
 def serve(folder: str | Path,            # a run's folder or a package
           host: str = '127.0.0.1',       # address to listen at
           port: int = 8000,              # 0: any free one
@@ -206,4 +206,5 @@ def serve(folder: str | Path,            # a run's folder or a package
         print(f'{app.state.server.name} at http://{shown}:{bound.getsockname()[1]}/v1 (Ctrl-C stops it); requests are logged'
               f'{"" if content else " without what is said"} to {package_of(folder).parent / "requests.jsonl"}', flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False)).run(sockets=[bound])
+    except KeyboardInterrupt: print('stopped')
     finally: bound.close()

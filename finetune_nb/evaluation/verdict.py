@@ -135,7 +135,7 @@ def against_nearest(predictions: list[dict], metric: str, seed: int = 0) -> dict
 NOT_MEASURED = ('few-shot prompting of the base', 'contamination of the test rows', 'a judge of free text',
                 'refusals and safety', 'what was forgotten', 'variance between training seeds')
 
-# %% ../../nbs/4_evaluation/verdict.ipynb #98143866
+# %% ../../nbs/4_evaluation/verdict.ipynb #6fa05332
 @dataclass(frozen=True)
 class Verdict:
     "What evaluation found; `folder` is the run's."
@@ -150,7 +150,7 @@ class Verdict:
     mde: float | None                                 # smallest difference found four times in five
     because: str
     rivals: list[dict] = field(default_factory=list)
-    cut: dict = field(default_factory=dict)           # answers cut at the token limit: {'limit', 'base', 'tuned'}
+    cut: dict = field(default_factory=dict)           # answers cut at the token limit: {'limit', 'base', 'tuned'}, and `prompts` cut
     not_measured: tuple[str, ...] = NOT_MEASURED
     metrics: list[dict] = field(default_factory=list, repr=False)    # the contract's Metric records
     examples: list[dict] = field(default_factory=list, repr=False)   # the predictions
@@ -174,11 +174,12 @@ class Verdict:
     def _repr_html_(self) -> str: return self._shown()._repr_html_()
     def _repr_markdown_(self) -> str: return self._shown()._repr_markdown_()
 
-# %% ../../nbs/4_evaluation/verdict.ipynb #25e3e72e
+# %% ../../nbs/4_evaluation/verdict.ipynb #aab30410
 def sentence(verdict: Verdict) -> Shown:
     "The verdict as one paragraph."
     cut = verdict.cut
     cuts = f' Answers cut at {cut["limit"]} tokens: base {cut["base"]}, tuned {cut["tuned"]}.' if cut else ''
+    if cut.get('prompts'): cuts += f' Prompts cut because the context is too short: {cut["prompts"]}.'
     return text_block(f'{verdict.verdict}: {verdict.because}{cuts} NOT MEASURED: {"; ".join(verdict.not_measured)}.')
 
 # %% ../../nbs/4_evaluation/verdict.ipynb #bce12596
@@ -204,12 +205,13 @@ def by_category(verdict: Verdict) -> Shown:
     lines = [_line(r, r['slice']) for r in verdict.metrics if r['metric'] == verdict.metric and r['slice'] != 'all']
     return table(lines, caption=f'{verdict.metric} by category; p corrected within this table (Holm).')
 
-# %% ../../nbs/4_evaluation/verdict.ipynb #dd2d25a1
+# %% ../../nbs/4_evaluation/verdict.ipynb #02b5f37f
 def _cut(predictions: list[dict], limit: int) -> dict:
     "How many answers of each model ended at the token limit instead of by themselves."
-    return {'limit': limit, **{who: sum(not p['stopped'][who] for p in predictions) for who in ('base', 'tuned')}}
+    return {'limit': limit, **{who: sum(not p['stopped'][who] for p in predictions) for who in ('base', 'tuned')},
+            'prompts': sum(bool(p.get('prompt_cut')) for p in predictions)}
 
-# %% ../../nbs/4_evaluation/verdict.ipynb #ceee5648
+# %% ../../nbs/4_evaluation/verdict.ipynb #88c0904c
 def conclude(predictions: list[dict],      # one for each test row
              metrics: list[str],           # the recipe's metric first
              max_new_tokens: int,          # where answers were cut
@@ -222,6 +224,7 @@ def conclude(predictions: list[dict],      # one for each test row
                        f'no test row has a score for {metrics[0]}; keep rows for testing (data.splits.test) or choose another metric',
                        metrics=records, examples=predictions)
     main, rival = records[0], against_nearest(predictions, metrics[0], seed)
-    because = f'{_size(main)}. {_advice(main)}' + (_beside_nearest(rival) if main['verdict'] == 'BETTER' else '')
+    because = f'both models gave the same answer to each of the {main["n"]} test rows: training changed nothing that shows here.' \
+        if _identical(predictions) else f'{_size(main)}. {_advice(main)}' + (_beside_nearest(rival) if main['verdict'] == 'BETTER' else '')
     return Verdict(main['verdict'], *[main[k] for k in ('metric', 'base', 'tuned', 'delta', 'low', 'high', 'n', 'mde')], because,
                    rivals=[rival] if rival else [], cut=_cut(predictions, max_new_tokens), metrics=records, examples=predictions)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Executed', 'check_parameters', 'overhead', 'peak_memory', 'without_machine', 'bar', 'Watcher', 'execute']
 
-# %% ../../nbs/pipeline/execute.ipynb #4ca83d19
+# %% ../../nbs/pipeline/execute.ipynb #95e5b1b4
 import ast
 import json
+import logging
 import os
 import re
 import signal
@@ -35,10 +36,11 @@ class Executed:
     error: str = ''                 # error's name, '' when done
     message: str = ''               # what it said
 
-# %% ../../nbs/pipeline/execute.ipynb #f7259e8c
+# %% ../../nbs/pipeline/execute.ipynb #06a4d188
 def check_parameters(notebook: Path, parameters: dict) -> None:
     "Raise BadInput for a parameter that the notebook does not have."
     from papermill import inspect_notebook
+    logging.getLogger('papermill').setLevel(logging.CRITICAL)   # what it logs, we raise
     known = inspect_notebook(str(notebook))
     for name in parameters:
         if name not in known: raise BadInput(f'{notebook.name}: {name}: no such parameter; {nearest(name, known)}')
@@ -150,19 +152,21 @@ class Watcher:
         "Leave the line empty for what comes next."
         if self.tty: print('\r\x1b[2K', end='', flush=True)
 
-# %% ../../nbs/pipeline/execute.ipynb #c39b9b0a
+# %% ../../nbs/pipeline/execute.ipynb #9bd62079
 def _stop(kernel: type, worker: threading.Thread, patience: float = 10) -> None:
     "Interrupt the kernel, and kill it when it does not end."
     def tell(what):
         if kernel.process:
             with suppress(ProcessLookupError, PermissionError): os.kill(kernel.process, what)
     try:
+        while worker.is_alive() and not kernel.process and patience > 0:   # its process is only just being made
+            worker.join(0.1)
+            patience -= 0.1
         tell(signal.SIGINT)
         worker.join(patience)
     except KeyboardInterrupt: pass
-    if worker.is_alive():
-        tell(signal.SIGKILL)
-        worker.join(patience)
+    tell(signal.SIGKILL)   # also a kernel that was only just starting, which nobody would stop any more
+    worker.join(10)
 
 # %% ../../nbs/pipeline/execute.ipynb #528f4749
 def _said(error: BaseException, log: Path) -> tuple[str, str]:
@@ -174,13 +178,11 @@ def _said(error: BaseException, log: Path) -> tuple[str, str]:
         return 'DeadKernel', f'the kernel died, perhaps for want of memory; a smaller train.micro_batch_size or train.max_tokens needs less.{last}'
     return type(error).__name__, str(error)
 
-# %% ../../nbs/pipeline/execute.ipynb #7d87878e
+# %% ../../nbs/pipeline/execute.ipynb #9ba558ed
 def _papermill(source: Path, raw: Path, parameters: dict, folder: Path, kernel: type, errors: list) -> None:
     "Run papermill; whatever it raises goes into `errors`."
-    import logging
     import warnings
     from papermill import execute_notebook
-    logging.getLogger('papermill').setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')

@@ -95,10 +95,11 @@ def set_state(folder: Path, **facts: Any) -> dict:
     write_json(state_path(folder), state)
     return state
 
-# %% ../../nbs/pipeline/runner.ipynb #a31b6013
+# %% ../../nbs/pipeline/runner.ipynb #41c62e4d
 def _line(run: Run, stage: Stage, word: str, seconds: float) -> str:
     "A finished stage in one line."
-    return f'{stage.number} {stage.name:<12} {word:<11} {seconds:7.1f} s   {headline(run.folder, stage.name)}'.rstrip()
+    said = headline(run.folder, stage.name) if word in ('done', 'reused') else ''
+    return f'{stage.number} {stage.name:<12} {word:<11} {seconds:7.1f} s   {said}'.rstrip()
 
 # %% ../../nbs/pipeline/runner.ipynb #4696eb82
 def run_stage(run: Run,
@@ -145,22 +146,26 @@ def _earlier(run: Run, stages: list[Stage], where: Path | None) -> None:
         if not is_fresh(run, stage, stage_notebook(stage, where)):
             raise BadInput(f'--from {stages[0].name}: the result of {stage.name} is missing or stale; start there, or leave out --from')
 
-# %% ../../nbs/pipeline/runner.ipynb #821b3fab
-def _through(run: Run, stages: list[Stage], again: bool, where: Path | None, echo: Callable) -> Ending:
-    "Run the stages in order, until one says stop."
+# %% ../../nbs/pipeline/runner.ipynb #24eb5830
+def _through(run: Run, stages: list[Stage], again: bool, where: Path | None, echo: Callable, reached: list[str]) -> Ending:
+    "Run the stages in order, until one says stop; their names go into `reached`."
     try:
         for stage in stages:
             if stage.number > 1 and (ending := _shut(run.folder)): return ending
+            reached.append(stage.name)
             if ending := run_stage(run, stage, stage_notebook(stage, where), again, echo): return ending
         return (_shut(run.folder) if stages[0].number == 1 else None) or Ending(DONE, 'complete')
-    except KeyboardInterrupt: return Ending(INTERRUPTED, 'failed', 'interrupted')
+    except KeyboardInterrupt:   # between two notebooks
+        record = read_record(run, TABLE[reached[-1]]) if reached else {}
+        if record.get('status') == 'running': write_record(run, TABLE[reached[-1]], **{k: v for k, v in record.items() if k != 'stage'} | {'status': 'interrupted'})
+        return Ending(INTERRUPTED, 'failed', f'interrupted in {reached[-1] if reached else "preparation"}')
 
-# %% ../../nbs/pipeline/runner.ipynb #644da177
-def _mark_stale(run: Run, where: Path | None) -> None:
-    "Mark results that no longer belong to the rest."
-    for stage in TABLE.values():
+# %% ../../nbs/pipeline/runner.ipynb #1cfd15ed
+def _mark_stale(run: Run, reached: list[str], where: Path | None) -> None:
+    "Mark results after the last stage reached that no longer belong to the rest."
+    for stage in (TABLE[name] for name in STAGES if reached and name not in reached):
         record = read_record(run, stage)
-        if record.get('status') == 'done' and not is_fresh(run, stage, stage_notebook(stage, where)):
+        if record.get('status') == 'done' and stage.number > the_stage(reached[-1]).number and not is_fresh(run, stage, stage_notebook(stage, where)):
             write_record(run, stage, **{k: v for k, v in record.items() if k != 'stage'} | {'status': 'stale'})
 
 # %% ../../nbs/pipeline/runner.ipynb #f54847e8
@@ -175,26 +180,25 @@ def _kill_is_interrupt() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/pipeline/runner.ipynb #e37f69e4
-def _finish(folder: Path, ending: Ending) -> Path:
+# %% ../../nbs/pipeline/runner.ipynb #cf2ba6ff
+def _finish(folder: Path, ending: Ending) -> None:
     "Write state, report and index."
     from finetune_nb.report.render import write_index, write_report
     set_state(folder, status=ending.status, message=ending.message, ended=_now())
-    report = write_report(folder)
+    write_report(folder)
     write_index(folder.parent)
-    return report
 
-# %% ../../nbs/pipeline/runner.ipynb #8d456a74
-def _say_end(folder: Path, ending: Ending, report: Path, echo: Callable) -> None:
+# %% ../../nbs/pipeline/runner.ipynb #b9baf05c
+def _say_end(folder: Path, ending: Ending, echo: Callable) -> None:
     "Tell the person at the terminal what came of it and what to do next."
     if ending.message: print(f'\n{ending.status}: {ending.message}', file=sys.stderr)
     if ending.status == 'failed': print(f'go on with: finetune-nb run --resume {folder}', file=sys.stderr)
     verdict = read_verdict(folder)
     if ending.status == 'complete' and verdict['verdict'] != 'NOT MEASURED': echo(f'\n{verdict["verdict"]}: {verdict["because"]}')
     if ending.status == 'complete' and (folder / 'deployment' / 'package').is_dir(): echo(f'try it: finetune-nb chat {folder}')
-    echo(f'report: {report}')
+    echo(f'report: {folder / "report.html"}')
 
-# %% ../../nbs/pipeline/runner.ipynb #76309cdd
+# %% ../../nbs/pipeline/runner.ipynb #79a7fae9
 def run_pipeline(recipe: str | Path | None = None,    # recipe file; None: the resumed run's own
                  name: str | None = None,             # run's name; None: the recipe's
                  reports: str | Path = 'reports',     # where run folders lie
@@ -213,16 +217,19 @@ def run_pipeline(recipe: str | Path | None = None,    # recipe file; None: the r
     if stages[0].number > 1 and not old: raise BadInput(f'--from {first} needs the earlier stages of a run; name it with --resume')
     wanted = load_recipe(recipe or old / 'recipe.yaml', overrides)
     check_recipe(wanted)
-    folder = old or _run_folder(wanted, name, reports)
+    for stage in stages: stage_notebook(stage, where)
+    shown = old or _run_folder(wanted, name, reports)
+    folder = shown.absolute()   # papermill changes this process's working directory
     with locked(folder), _kill_is_interrupt():
         run = Run(folder, load_recipe(save_recipe(wanted, folder / 'recipe.yaml')))
         if first: _earlier(run, stages, where)
         set_state(folder, status='running', message='', started=_now(), provenance=provenance(run))
-        echo(f'run {folder} · {stages[0].name} to {stages[-1].name}\n{forecast(run.recipe, folder, stages[-1].name)}')
-        ending = _through(run, stages, bool(first), where, echo)
-        _mark_stale(run, where)
-        report = _finish(folder, ending)
-    _say_end(folder, ending, report, echo)
+        echo(f'run {shown} · {stages[0].name} to {stages[-1].name}\n{forecast(run.recipe, folder, stages[-1].name)}')
+        reached = []
+        ending = _through(run, stages, bool(first), where, echo, reached)
+        _mark_stale(run, reached, where)
+        _finish(folder, ending)
+    _say_end(shown, ending, echo)
     return NOT_BETTER if strict and ending.code == DONE and read_verdict(folder)['verdict'] != 'BETTER' else ending.code
 
 # %% ../../nbs/pipeline/runner.ipynb #2c19c375

@@ -39,12 +39,13 @@ def blocking(gates: list[dict]) -> list[dict]:
     "The gates that stop training."
     return [gate for gate in gates if gate.get('verdict') not in ('PASS', 'WAIVED')]
 
-# %% ../../nbs/report/collect.ipynb #7830b38b
+# %% ../../nbs/report/collect.ipynb #00b99717
 _VERDICT = ('verdict', 'metric', 'base', 'tuned', 'delta', 'low', 'high', 'n', 'mde', 'because')
 
 def read_verdict(folder: Path) -> dict:
     "The verdict of evaluation, every field filled or NOT MEASURED."
-    found = peek(folder, 'evaluation', 'verdict.json', default={})
+    record = peek(folder, 'stages', '4_evaluation.json', default={})
+    found = peek(folder, 'evaluation', 'verdict.json', default={}) if record.get('status', 'done') == 'done' else {}
     return {key: UNKNOWN if found.get(key) is None else found[key] for key in _VERDICT}
 
 # %% ../../nbs/report/collect.ipynb #d085d22a

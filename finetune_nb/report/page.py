@@ -37,14 +37,14 @@ pre code { font-size: inherit; background: none; padding: 0; } .label { font-siz
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 '''
 
-# %% ../../nbs/report/page.ipynb #4d0eb159
+# %% ../../nbs/report/page.ipynb #c3c1a9e2
 PIECES = '''
 .scroll, .fn-output { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; line-height: 1.42; margin: 1rem 0; font-variant-numeric: tabular-nums; min-width: min(100%, 22rem); }
-caption { text-align: left; color: var(--soft); padding: 0 0 .45rem; font-size: .86rem; }
+table.full { width: 100%; } table.full td { max-width: none; } caption { text-align: left; color: var(--soft); padding: 0 0 .45rem; font-size: .86rem; }
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1.5px solid var(--line); padding: .35rem .9rem .35rem 0; vertical-align: bottom; }
 td { border-bottom: 1px solid var(--faint); padding: .42rem .9rem .42rem 0; vertical-align: top; overflow-wrap: break-word; max-width: 26rem; } td.number, th.number { text-align: right; white-space: nowrap; } td:last-child, th:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom-color: var(--line); }
-.wide { min-width: 12rem; } .badge { display: inline-block; font-size: .72rem; font-weight: 650; letter-spacing: .03em; line-height: 1.45; padding: .08rem .5rem; border-radius: 99px; white-space: nowrap; color: var(--tone, var(--none)); background: var(--tone-wash, var(--none-wash)); border: 1px solid color-mix(in srgb, var(--tone, var(--none)) 35%, transparent); }
+.when { white-space: nowrap; } .wide { min-width: 12rem; } .badge { display: inline-block; font-size: .72rem; font-weight: 650; letter-spacing: .03em; line-height: 1.45; padding: .08rem .5rem; border-radius: 99px; white-space: nowrap; color: var(--tone, var(--none)); background: var(--tone-wash, var(--none-wash)); border: 1px solid color-mix(in srgb, var(--tone, var(--none)) 35%, transparent); }
 img { max-width: 100%; height: auto; } img.figure { display: block; background: #fff; border: 1px solid var(--faint); border-radius: 8px; padding: .7rem; margin: 1rem 0; }
 details > summary { cursor: pointer; } summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 .fn-fold > summary { font-size: .78rem; color: var(--soft); display: inline-block; padding: .1rem 0; } .fn-fold > summary::before { content: "\\25b8\\00a0"; } .fn-fold[open] > summary::before { content: "\\25be\\00a0"; } .fn-source { margin: -.2rem 0 1rem; }
@@ -98,10 +98,10 @@ VERDICT = '''
 <div class="interval" role="img" aria-label="{{ bar.alt }}"><span class="axis"></span><span class="whisker" style="left:{{ bar.low }}%;width:{{ bar.width }}%"></span><span class="zero" style="left:{{ bar.zero }}%"></span><span class="dot" style="left:{{ bar.delta }}%"></span><span class="ends">{{ bar.left }} worse</span><span class="tick" style="left:{{ bar.zero }}%">no difference</span><span class="ends right">better {{ bar.right }}</span></div>{% endif %}</div>
 '''
 
-# %% ../../nbs/report/page.ipynb #64513112
+# %% ../../nbs/report/page.ipynb #96fec0e1
 GATES = '''
 <section id="gates"><div class="head"><h2>Gates</h2><span class="aside sans">{{ gate_line }}</span></div>
-{% if gates %}<div class="scroll"><table><thead><tr><th scope="col">gate</th><th scope="col">verdict</th><th scope="col">what is checked</th><th scope="col" class="number">value</th><th scope="col" class="number">threshold</th><th scope="col" class="number">rows</th></tr></thead><tbody>
+{% if gates %}<div class="scroll"><table class="full"><thead><tr><th scope="col">gate</th><th scope="col">verdict</th><th scope="col">what is checked</th><th scope="col" class="number">value</th><th scope="col" class="number">threshold</th><th scope="col" class="number">rows</th></tr></thead><tbody>
 {% for g in gates %}<tr><td><strong>{{ g.gate }}</strong></td><td><span class="badge {{ g.tone }}">{{ g.verdict }}</span></td><td class="wide">{{ g.check }}{% if g.note %}<br><small>{{ g.note }}</small>{% endif %}</td><td class="number">{{ g.value }}</td><td class="number">{{ g.threshold }}</td><td class="number">{{ g.rows }}</td></tr>
 {% endfor %}</tbody></table></div>{% else %}<p class="empty">No gate was measured: curation did not get that far.</p>{% endif %}</section>
 <section id="stages"><div class="head"><h2>The six stages</h2><span class="aside sans">{{ time_line }}</span></div>
@@ -114,10 +114,10 @@ SECTIONS = '''
 {% endfor %}
 '''
 
-# %% ../../nbs/report/page.ipynb #e21f2508
+# %% ../../nbs/report/page.ipynb #714756da
 LIMITS = '''
 <section id="limits"><div class="head"><h2>What this run cannot tell you</h2></div>
-<ul>{% for line in limits %}<li>{{ line }}</li>{% endfor %}</ul></section>
+<p>It leaves open, and should not be read as saying otherwise:</p><ul>{% for line in limits %}<li>{{ line }}</li>{% endfor %}</ul></section>
 {% if has_package %}<section id="use"><div class="head"><h2>Using the model</h2></div>
 <p>Three lines load it, from the folder that holds this report:</p><pre class="fn-code">{{ load_code }}</pre>
 <p>In a terminal: <code>finetune-nb chat {{ run.run }}</code> asks and answers; <code>finetune-nb serve {{ run.run }}</code> answers OpenAI chat requests on 127.0.0.1, port 8000.</p></section>{% endif %}
@@ -133,10 +133,10 @@ PROVENANCE = '''
 '''
 REPORT = HEAD + VERDICT + GATES + SECTIONS + LIMITS + PROVENANCE
 
-# %% ../../nbs/report/page.ipynb #655b9906
+# %% ../../nbs/report/page.ipynb #d53ac32e
 INDEX = HEAD + '''
 <header class="top"><div class="eyebrow">finetune_nb</div><h1>Runs</h1></header><main>
-{% if rows %}<div class="scroll"><table><thead><tr><th scope="col">run</th><th scope="col">started</th><th scope="col">status</th><th scope="col">verdict</th><th scope="col">what came of it</th></tr></thead><tbody>
-{% for r in rows %}<tr><td><a href="{{ r.link }}">{{ r.run }}</a></td><td>{{ r.started }}</td><td><span class="badge {{ r.status_tone }}">{{ r.status }}</span></td><td><span class="badge {{ r.verdict_tone }}">{{ r.verdict }}</span></td><td>{{ r.said }}</td></tr>{% endfor %}
+{% if rows %}<div class="scroll"><table class="full"><thead><tr><th scope="col">run</th><th scope="col">started</th><th scope="col">status</th><th scope="col">verdict</th><th scope="col">what came of it</th></tr></thead><tbody>
+{% for r in rows %}<tr><td><a href="{{ r.link }}">{{ r.run }}</a></td><td class="when">{{ r.started }}</td><td><span class="badge {{ r.status_tone }}">{{ r.status }}</span></td><td><span class="badge {{ r.verdict_tone }}">{{ r.verdict }}</span></td><td>{{ r.said }}</td></tr>{% endfor %}
 </tbody></table></div>{% else %}<p class="empty">No run yet.</p>{% endif %}</main><footer>Rebuilt from each run's run.json.</footer></body></html>
 '''

@@ -89,10 +89,10 @@ def unmeasured(value: Any, name: str = '') -> list[str]:
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
     return [found for key, part in pairs for found in unmeasured(part, f'{name}.{key}'.strip('.'))]
 
-# %% ../../nbs/report/render.ipynb #258ae7a4
+# %% ../../nbs/report/render.ipynb #45538f2a
 def _gate_limits(gates: list[dict]) -> list[str]:
     "What the gates leave open."
-    waived = [f'{g["gate"]} ({g.get("check", "")}) was not passed but waived by {g["waived"].get("who", "?")}: {g["waived"].get("why", "")}'
+    waived = [f'{g["gate"]} ({g.get("check", "")}) was not passed but waived by {g["waived"].get("who", "?")}: {g["waived"].get("why", "").rstrip(".")}.'
               for g in gates if g.get('waived')]
     return waived + [f'{g["gate"]} ({g.get("check", "")}) was not measured.' for g in gates if g.get('verdict') == UNKNOWN]
 
@@ -107,31 +107,34 @@ def _evidence_limits(verdict: dict) -> list[str]:
     return [*lines, 'How much another seed would change: one run is one draw. The interval covers the choice of test rows, not the training.',
             'How the model answers prompts unlike the test rows.']
 
-# %% ../../nbs/report/render.ipynb #3f26a3ce
+# %% ../../nbs/report/render.ipynb #f9493ee4
 def limits(run: dict) -> list[str]:
     "Everything the reader should not conclude."
-    gaps = unmeasured({'provenance': run['provenance'], 'costs': run['costs']})
-    metrics = [f'No {name.replace(".", ", ")}.' for name in gaps]
     skipped = [s['name'] for s in run['stages'] if s['status'] != 'done']
-    shown = [f'Not measured: {", ".join(gaps[:12])}{f" and {len(gaps) - 12} more (see run.json)" if len(gaps) > 12 else ""}.'] if metrics else []
+    gaps = [name for name in unmeasured({'provenance': run['provenance'], 'costs': run['costs']}) if name.split('.')[-1] not in skipped]
+    shown = [f'Not measured: {", ".join(gaps[:12])}{f" and {len(gaps) - 12} more (see run.json)" if len(gaps) > 12 else ""}.'] if gaps else []
     absent = [f'Anything of {", ".join(skipped)}: these stages did not finish.'] if skipped else []
     return absent + _gate_limits(run['gates']) + _evidence_limits(run['verdict']) + shown
 
-# %% ../../nbs/report/render.ipynb #39a82a1c
+# %% ../../nbs/report/render.ipynb #4c67c773
 def _rows(value: Any) -> list[tuple[str, str]]:
     "A dictionary as pairs of text."
     return [(str(k), _brief(v) or 'none') for k, v in value.items()] if isinstance(value, dict) else [('all', _brief(value))]
 
-# %% ../../nbs/report/render.ipynb #4aee5c4e
+def _measured(value: Any, unit: str) -> str:
+    "A cost with its unit."
+    return f'{value:,.1f} {unit}' if isinstance(value, (int, float)) else UNKNOWN
+
+# %% ../../nbs/report/render.ipynb #35d12615
 def provenance_tables(run: dict) -> list[tuple[str, list]]:
     "Caption and rows of each table of the provenance section."
     known, costs = run['provenance'], run['costs']
     origin = [('seed', number(known['seed']) if known['seed'] == UNKNOWN else str(known['seed'])), *((f'git {k}' if k != 'all' else 'git', v) for k, v in _rows(known['git'])),
               ('started', run['started']), ('ended', run['ended'])]
-    cost = [(name, f'{_brief(costs["seconds"].get(name))} s, of which overhead {_brief(costs["overhead"].get(name))} s; peak memory '
-             f'{_brief(costs["peak_memory_mb"].get(name))} MB') for name in STAGES]
+    cost = [(name, f'{_measured(costs["seconds"].get(name), "s")}; overhead {_measured(costs["overhead"].get(name), "s")}; '
+             f'peak memory {_measured(costs["peak_memory_mb"].get(name), "MB")}') for name in STAGES]
     share = costs['overhead'].get('share')
-    total = [('all stages', f'{_brief(costs["seconds"].get("total"))} s; overhead {share:.1%}' if isinstance(share, float) else UNKNOWN),
+    total = [('all stages', f'{_measured(costs["seconds"].get("total"), "s")}; overhead {share:.1%}' if isinstance(share, float) else UNKNOWN),
              ('judge calls', number(costs['judge_calls']))]
     return [('Origin', origin), ('Costs (overhead is kernel start and imports)', cost + total), ('Machine', _rows(known['hardware'])),
             ('Versions', _rows(known['versions'])), ('SHA-256 of the data', _rows(known['data_sha256']))]

@@ -97,7 +97,7 @@ def length_summary(lengths: Sequence[int],   # tokens of each row
     return {'rows': len(lengths), 'p50': p50, 'p95': p95, 'p99': p99, 'max': int(max(lengths)),
             'over': sum(n > limit for n in lengths) if limit else 0}
 
-# %% ../../nbs/2_selection/candidates.ipynb #c71dc2d6
+# %% ../../nbs/2_selection/candidates.ipynb #3e73efcd
 @dataclass(frozen=True)
 class Candidate:
     "A base model as found, and why it can or cannot be used."
@@ -116,6 +116,7 @@ class Candidate:
     memory_gb: float = 0.0                # estimated need of the recipe's approach
     memory_limit_gb: float = 0.0          # the smaller of what is required and what is here
     seconds: float = 0.0                  # spent on measuring, loading included
+    size: dict[str, int] = field(default_factory=dict)   # width, layers, …, as its configuration says
     why_not: list[str] = field(default_factory=list)
 
     @property

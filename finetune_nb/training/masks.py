@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_rows', 'preflight', 'mask_account', 'mask_table', 'token_kinds', 'token_picture']
 
-# %% ../../nbs/3_training/masks.ipynb #5941d3eb
+# %% ../../nbs/3_training/masks.ipynb #50403552
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -14,26 +14,15 @@ from ..core.files import BadInput, located
 from ..core.rows import Row
 from ..core.show import Shown, facts
 from ..model.batches import account, encode
-from ..model.template import Rendered, fingerprint
+from ..model.template import Rendered
 
-# %% ../../nbs/3_training/masks.ipynb #ecf5449f
-def _encoded(tokenizer: Any, rows: Sequence[Row]) -> list[Rendered]:
-    "Rows as tokens; raises BadInput that names the row which cannot be rendered."
-    try: return encode(tokenizer, list(rows), None)
-    except BadInput: pass
-    for row in rows:
-        try: encode(tokenizer, [row], None)
-        except BadInput as error:
-            raise BadInput(located(row['origin']['file'] or row['id'], row['origin']['line'] or None, 'messages', str(error))) from None
-    return encode(tokenizer, list(rows), None)
-
-# %% ../../nbs/3_training/masks.ipynb #7a151b42
+# %% ../../nbs/3_training/masks.ipynb #52482005
 def fit_rows(tokenizer: Any,
              rows: Sequence[Row],
              max_tokens: int,        # train.max_tokens
             ) -> tuple[list[Row], list[Rendered], list[dict]]:   # rows kept, the same as tokens, {'id', 'tokens'} of those left out
     "Rows as tokens and masks, the too long ones apart."
-    rendered = _encoded(tokenizer, rows)
+    rendered = encode(tokenizer, rows)
     fits = [len(r.ids) <= max_tokens for r in rendered]
     out = [{'id': row['id'], 'tokens': len(r.ids)} for row, r, fit in zip(rows, rendered, fits) if not fit]
     return [row for row, fit in zip(rows, fits) if fit], [r for r, fit in zip(rendered, fits) if fit], out
@@ -50,7 +39,7 @@ def preflight(rows: Sequence[Row], rendered: Sequence[Rendered], max_tokens: int
             raise BadInput(located(*where, 'messages', 'the token that ends its answer would not be trained', 'a chat template that ends each assistant turn',
                                    "mend the base's chat template or choose another base"))
 
-# %% ../../nbs/3_training/masks.ipynb #42fd581f
+# %% ../../nbs/3_training/masks.ipynb #468e37dd
 def mask_account(rendered: Sequence[Rendered],
                  left: Sequence[dict],     # rows left out
                  max_tokens: int,
@@ -60,7 +49,7 @@ def mask_account(rendered: Sequence[Rendered],
     longest = max((row['tokens'] for row in left), default=0)
     out = {'policy': f'rows longer than train.max_tokens = {max_tokens} are left out whole', 'rows': len(left), 'longest': longest,
            'ids': [row['id'] for row in left[:20]]}
-    return account(list(rendered)) | {'fingerprint': fingerprint(tokenizer), 'left_out': out}
+    return account(rendered, tokenizer) | {'left_out': out}
 
 # %% ../../nbs/3_training/masks.ipynb #27846200
 def mask_table(masks: dict[str, Any]) -> Shown:

@@ -169,7 +169,7 @@ def _tuned(run: Run, plan: Plan) -> Tuned:
                  round(sum(line['seconds'] for line in lines), 2), len(lines), fitted.moving, fitted.dtype, ships_in,
                  best and best['validation_loss'], None, fitted.resumed_at, log=lines)
 
-# %% ../../nbs/3_training/train.ipynb #ae53e28d
+# %% ../../nbs/3_training/train.ipynb #5b4c6a21
 def _remove(path: Path) -> None:
     "Remove a file or a folder, if it is there."
     if path.is_dir(): shutil.rmtree(path)
@@ -178,9 +178,10 @@ def _remove(path: Path) -> None:
 def train(run: Run,
           curated: Any,   # with train and validation rows
           choice: Any,    # with base and advice
+          plan: Plan | None = None,   # what `make_plan` gave; None: made here
          ) -> Tuned:
     "Train as the recipe says, or go on where a killed training stopped; raises BadInput before the first step."
-    plan = make_plan(run, curated, choice)
+    plan = plan or make_plan(run, curated, choice)
     if done := _finished(run, plan):
         print('this training is finished already: same rows, settings and base')
         return done
