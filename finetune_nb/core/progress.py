@@ -29,7 +29,7 @@ def tell(label: str,           # what is going on
     temporary.write_text(json.dumps({'label': label, 'done': done, 'total': total}))
     temporary.replace(file)
 
-# %% ../../nbs/core/progress.ipynb #8cd34288
+# %% ../../nbs/core/progress.ipynb #1943da41
 def progress(iterable: Iterable,        # the work
              label: str,                # what is going on
              total: int | None = None,  # how many; None: ask the iterable
@@ -37,7 +37,7 @@ def progress(iterable: Iterable,        # the work
     "Iterate, and show how far it is."
     total = total if total is not None else getattr(iterable, '__len__', lambda: None)()
     if not os.environ.get(PROGRESS_FILE):
-        yield from tqdm(iterable, desc=label, total=total, leave=False, mininterval=0.5)
+        yield from tqdm(iterable, desc=label, total=total, leave=False, mininterval=0.5, delay=1)
         return
     last = 0.0
     for done, item in enumerate(iterable):

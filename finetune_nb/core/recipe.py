@@ -104,10 +104,10 @@ class Train(Section):
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'    # auto: bf16 where the hardware is good at it
     report_to: list[str] = []                                 # trackers, passed through to transformers
 
-# %% ../../nbs/core/recipe.ipynb #65ec9470
+# %% ../../nbs/core/recipe.ipynb #74fc3f83
 class Evaluate(Section):
     "How success is measured."
-    metric: str = 'exact_match'                               # the one metric of the verdict
+    metric: Literal['exact_match', 'json_exact', 'json_fields', 'json_validity', 'rouge_l', 'chrf'] = 'exact_match'   # of the verdict
     max_rows: Count = 100                                     # test rows
     max_new_tokens: Count = 256                               # longest answer; cut ones are counted
     batch_size: Count = 20                                    # rows generated together

@@ -38,8 +38,8 @@ def number(x: Any) -> str:
         return f'{x:,.3f}' if abs(x) < 10 else f'{x:,.1f}'
     return str(x)
 
-# %% ../../nbs/core/show.ipynb #f1c697ed
-TONES = {'PASS': 'good', 'BETTER': 'good', 'SAME': 'plain', 'complete': 'good', 'FAIL': 'bad', 'WORSE': 'bad', 'failed': 'bad', 'CHANGED': 'bad',
+# %% ../../nbs/core/show.ipynb #a698b864
+TONES = {'PASS': 'good', 'BETTER': 'good', 'SAME': 'plain', 'NO CHANGE SEEN': 'good', 'complete': 'good', 'FAIL': 'bad', 'WORSE': 'bad', 'failed': 'bad', 'CHANGED': 'bad',
          'DIFFERS': 'bad', 'blocked': 'warn', 'WAIVED': 'warn', 'INSUFFICIENT': 'warn', 'INCONCLUSIVE': 'warn', 'NOT MEASURED': 'none'}
 
 # %% ../../nbs/core/show.ipynb #b350c16f
@@ -61,7 +61,7 @@ def _plain(value: Any) -> str:
     text = value.markdown if isinstance(value, Shown) else number(value)
     return text.replace('|', '\\|').replace('\n', ' ')
 
-# %% ../../nbs/core/show.ipynb #f4bec470
+# %% ../../nbs/core/show.ipynb #be1d1ebe
 def table(rows: list[dict],                  # one dictionary a row
           columns: list[str] | None = None,  # which keys, in order; None: those of the first row
           caption: str = '',                 # what the table says
@@ -69,7 +69,9 @@ def table(rows: list[dict],                  # one dictionary a row
     "A table; without rows it says so."
     if not rows: return Shown(f'<p class="empty">{escape(caption)}: none</p>', f'{caption}: none')
     columns = columns or list(rows[0])
-    head = ''.join(f'<th scope="col">{escape(c)}</th>' for c in columns)
+    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind = {c: ' class="number"' if any(is_number(row.get(c)) for row in rows) else '' for c in columns}
+    head = ''.join(f'<th scope="col"{kind[c]}>{escape(c)}</th>' for c in columns)
     body = ''.join('<tr>' + ''.join(_cell(row.get(c)) for c in columns) + '</tr>' for row in rows)
     title = f'<caption>{escape(caption)}</caption>' if caption else ''
     lines = ['| ' + ' | '.join(columns) + ' |', '|' + ' --- |' * len(columns)]

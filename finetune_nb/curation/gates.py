@@ -7,14 +7,14 @@ __all__ = ['THRESHOLDS', 'FLOORS', 'ORDER', 'check_thresholds', 'Gate', 'worst_b
            'waiver_table', 'format_gate', 'clarity_gate', 'production_gate', 'response_gates', 'edge_gates',
            'balance_gates', 'volume_gate', 'judge_gates']
 
-# %% ../../nbs/1_curation/gates.ipynb #5f790b26
+# %% ../../nbs/1_curation/gates.ipynb #06d4d7e4
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from scipy.stats import ks_2samp
+import numpy as np
 
 from ..core.files import BadInput
 from ..core.recipe import Waiver, nearest
@@ -127,13 +127,14 @@ def clarity_gate(rows: list[Row], t: dict) -> Gate:
     return _share('Q2', 'prompts clear on their own', len(rows) - len(vague), len(rows), t['min_clear'], worst=tuple(r['id'] for r in vague[:5]),
                   remedy='write out what the prompts refer to' if vague else '', note='by rule: prompts that name no task or point to something absent')
 
-# %% ../../nbs/1_curation/gates.ipynb #7d192ac6
+# %% ../../nbs/1_curation/gates.ipynb #c6d7f683
 def _distances(some: list[Row], others: list[Row]) -> dict[str, float]:
     "How far two sets of rows are apart, by category and by length of prompt."
     a, b = (Counter(str(r.get('category')) for r in rows) for rows in (some, others))
     apart = sum(abs(a[c] / len(some) - b[c] / len(others)) for c in a | b) / 2
-    lengths = [[length(own_text(r)) for r in rows] for rows in (some, others)]
-    return {'category': apart, 'length': float(ks_2samp(*lengths).statistic)}
+    lengths = [np.sort([length(own_text(r)) for r in rows]) for rows in (some, others)]
+    steps = [np.searchsorted(x, np.concatenate(lengths), side='right') / len(x) for x in lengths]   # the two distribution functions
+    return {'category': apart, 'length': float(np.abs(steps[0] - steps[1]).max())}
 
 # %% ../../nbs/1_curation/gates.ipynb #253bd7c2
 def production_gate(rows: list[Row], t: dict) -> Gate:

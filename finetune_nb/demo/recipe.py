@@ -12,7 +12,7 @@ from ..core.files import BadInput, located, write_atomic, write_jsonl
 from .families import FAMILIES
 from .letters import family_letters
 
-# %% ../../nbs/demo/recipe.ipynb #fde03c3c
+# %% ../../nbs/demo/recipe.ipynb #05f0bb6c
 DEMO_RECIPE = '''\
 # The demo: support mail becomes strict JSON. Data, faults and answer key are generated; see data.answer_key.
 name: demo
@@ -26,7 +26,7 @@ data:
     - {path: raw/synthetic.json, inflow: synthetic}    # ShareGPT
   category: category                               # the issue; gates, splits and tables are per category
   near_duplicates: {threshold: 0.8}                # Jaccard index of word 5-grams
-  splits: {validation: 0.1, test: 0.15, group: family}   # products and phrasings of the test are never trained on
+  splits: {validation: 0.1, test: 0.3, group: family}   # two families a category; products and phrasings of the test are never trained on
   answer_key: answer_key.jsonl                     # the planted faults, to score curation itself
 
 judge: {model: none}

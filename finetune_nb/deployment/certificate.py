@@ -68,7 +68,7 @@ def _batches(prompts: list[list[int]], size: int) -> list[list[int]]:
 # %% ../../nbs/5_deployment/certificate.ipynb #f9b9bb51
 PURPOSE = 'certificate'
 
-# %% ../../nbs/5_deployment/certificate.ipynb #23e146ba
+# %% ../../nbs/5_deployment/certificate.ipynb #91b1718b
 def ask_server(url: str,              # the server's address
                asked: list[dict],     # questions
                clients: int = 4,      # at once
@@ -76,12 +76,13 @@ def ask_server(url: str,              # the server's address
     "The served answers."
     import httpx
     def one(question: dict) -> str:
-        body = {'messages': question['messages'], 'temperature': 0,
+        body = {'model': model, 'messages': question['messages'], 'temperature': 0,
                 'metadata': {'purpose': PURPOSE, 'row': question['id'], 'category': str(question['category'] or '')}}
         if question['tools']: body['tools'] = question['tools']
         said = client.post('/v1/chat/completions', json=body)
         return said.json()['choices'][0]['message']['content'] if said.status_code == 200 else f'HTTP {said.status_code}: {said.text[:300]}'
     with httpx.Client(base_url=url, trust_env=False, timeout=None) as client, ThreadPoolExecutor(clients) as pool:
+        model = client.get('/v1/models').json()['data'][0]['id']
         return list(pool.map(one, asked))
 
 # %% ../../nbs/5_deployment/certificate.ipynb #ec28ae8d

@@ -149,11 +149,11 @@ def latency_figure(made: Release) -> Shown:
     ax.set(xlabel='tokens of the answer', ylabel='seconds', ylim=(0, None), title=f'{len(good)} requests, {made.certificate["clients"]} clients at once')
     return figure(fig, f'Half of the {len(good)} served requests took less than {number(float(middle))} s; the longest took {number(float(max(seconds)))} s.')
 
-# %% ../../nbs/5_deployment/release.ipynb #e2c595d9
+# %% ../../nbs/5_deployment/release.ipynb #7bd8897c
 def closing(made: Release) -> str:
     "The release in two sentences."
     word, size = made.certificate['verdict'], sum(file['bytes'] for file in made.files) / 1e6
-    advice = {'SAME': 'It can be shipped as it was measured.', 'DIFFERS': 'Look at the rows that differ before shipping it.'}
+    advice = {'SAME': 'What evaluation measured is what ships.', 'DIFFERS': 'Look at the rows that differ before shipping it.'}
     return f'The package holds {len(made.files)} files, {size:,.0f} MB. {made.certificate["because"]} {advice.get(word, "Nothing proves yet what it answers.")}'
 
 # %% ../../nbs/5_deployment/release.ipynb #a962b332
