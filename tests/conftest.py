@@ -30,10 +30,8 @@ def public_data(name: str) -> Path:
 
 @pytest.fixture(scope='session')
 def tiny_model(tmp_path_factory):
-    "A random two-layer Llama whose tokenizer has seen the demo's mails."
-    from finetune_nb.demo.mail import mails
+    "A random two-layer Llama with a small tokenizer, as a folder."
     from finetune_nb.model.tiny import tiny_model as make
-    from finetune_nb.core.rows import answer, prompt_text
     return make(tmp_path_factory.mktemp('tiny') / 'model')
 
 
@@ -41,7 +39,7 @@ def tiny_model(tmp_path_factory):
 def recipe_of(tiny_model):
     "Writes a recipe for the demo's data and the tiny model into a folder; returns its path."
     def write(folder: Path, **changes) -> Path:
-        from finetune_nb.demo.recipe import write_demo
+        from finetune_nb.demo.mail import write_demo
         write_demo(folder)
         path = folder / 'recipe.yaml'
         tree = yaml.safe_load(path.read_text())

@@ -27,8 +27,8 @@ def rebuilt(tmp_path_factory):
     copy = tmp_path_factory.mktemp('rebuilt')
     for name in ('nbs', 'finetune_nb'): shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     for name in ('pyproject.toml', 'settings.ini'): shutil.copy(ROOT / name, copy)
-    code = 'from nbdev.export import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()'
-    subprocess.run([sys.executable, '-c', code], cwd=copy, check=True, capture_output=True)
+    for command in ('nbdev-export', 'nbdev-clean'):
+        subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True, capture_output=True)
     return copy
 
 

@@ -29,13 +29,16 @@ def tell(label: str,           # what is going on
     temporary.write_text(json.dumps({'label': label, 'done': done, 'total': total}))
     temporary.replace(file)
 
-# %% ../../nbs/core/progress.ipynb #1943da41
+# %% ../../nbs/core/progress.ipynb #19080844
 def progress(iterable: Iterable,        # the work
-             label: str,                # what is going on
+             label: str,                # what is going on; '' shows nothing
              total: int | None = None,  # how many; None: ask the iterable
             ) -> Iterator:              # the same items
     "Iterate, and show how far it is."
     total = total if total is not None else getattr(iterable, '__len__', lambda: None)()
+    if not label:
+        yield from iterable
+        return
     if not os.environ.get(PROGRESS_FILE):
         yield from tqdm(iterable, desc=label, total=total, leave=False, mininterval=0.5, delay=1)
         return

@@ -15,7 +15,7 @@ from .recipe import Recipe, load_recipe, save_recipe, subseed
 # %% ../../nbs/core/run.ipynb #01bcba83
 STAGES = ('curation', 'selection', 'training', 'evaluation', 'deployment', 'monitoring')
 
-# %% ../../nbs/core/run.ipynb #5dcd63db
+# %% ../../nbs/core/run.ipynb #3cb89272
 @dataclass(frozen=True)
 class Run:
     "A run's folder and its recipe, as resolved."
@@ -31,11 +31,11 @@ class Run:
         "Open a run; a recipe from elsewhere is resolved and copied in. Raises BadInput."
         folder = Path(run_dir)
         own = folder / 'recipe.yaml'
-        loaded = load_recipe(recipe or own, overrides)
-        if not own.exists():
-            save_recipe(loaded, own)
-            loaded = load_recipe(own)
-        return cls(folder, loaded)
+        given = Path(recipe or own)
+        loaded = load_recipe(given, overrides)
+        if given.resolve() == own.resolve() and not any(v is not None for v in (overrides or {}).values()): return cls(folder, loaded)
+        save_recipe(loaded, own)
+        return cls(folder, load_recipe(own))
 
     def path(self, *parts: str) -> Path:
         "A path inside the run's folder."

@@ -67,13 +67,13 @@ def _tools_of(tools: list | None, count: int) -> list:
     "One list of tools for each conversation, from one for all or one for each."
     return list(tools) if tools and not isinstance(tools[0], dict) else [tools] * count
 
-# %% ../../nbs/model/generate.ipynb #5171a18a
+# %% ../../nbs/model/generate.ipynb #7514f836
 def generate(loaded: Loaded,                   # model and tokenizer
              conversations: Sequence[Messages],# each ends with the turn to be answered
              max_new_tokens: int = 256,        # tokens of an answer at most
              batch_size: int = 16,             # rows at once at most
              tools: list | None = None,        # tools for all, or a list of them for each conversation
-             label: str = 'answering',         # of the progress bar
+             label: str = 'answering',         # of the progress bar; '' shows none
              budget: int = 32_768,             # tokens of a batch at most, prompt and answer
             ) -> list[Generation]:             # in the order given
     "Answer every conversation greedily, in batches of similar length."
@@ -84,7 +84,7 @@ def generate(loaded: Loaded,                   # model and tokenizer
            for ids, said, own in zip(prompts, conversations, _tools_of(tools, len(conversations)))]
     ends, out = terminators(loaded.tokenizer), [None] * len(prompts)
     groups = list(_groups([len(ids) for ids in cut], batch_size, budget, max_new_tokens))
-    for group in progress(groups, label or 'answering'):
+    for group in progress(groups, label):
         started = time.perf_counter()
         answers = _answer_ids(loaded, [cut[row] for row in group], ends, max_new_tokens)
         share = (time.perf_counter() - started) / len(group)

@@ -6,7 +6,7 @@
 __all__ = ['verdict_line', 'interval_bar', 'gate_row', 'stage_view', 'unmeasured', 'limits', 'provenance_tables', 'page',
            'write_report', 'index_row', 'list_runs', 'write_index']
 
-# %% ../../nbs/report/render.ipynb #d4ef33cf
+# %% ../../nbs/report/render.ipynb #b84d8908
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..core.files import write_atomic
 from ..core.recipe import load_recipe
 from ..core.run import STAGES
 from ..core.show import TONES, number
+from ..deployment.card import loading_lines
 from .cells import listing_html, read_cells, section_html
 from .collect import UNKNOWN, blocking, collect, peek
 from .page import INDEX, REPORT, STYLE
@@ -139,11 +140,7 @@ def provenance_tables(run: dict) -> list[tuple[str, list]]:
     return [('Origin', origin), ('Costs (overhead is kernel start and imports)', cost + total), ('Machine', _rows(known['hardware'])),
             ('Versions', _rows(known['versions'])), ('SHA-256 of the data', _rows(known['data_sha256']))]
 
-# %% ../../nbs/report/render.ipynb #af866eab
-_LOAD = '''from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("deployment/package")
-model = AutoModelForCausalLM.from_pretrained("deployment/package")'''
-
+# %% ../../nbs/report/render.ipynb #bb118659
 def _filled(template: str, **values: Any) -> str:
     "A template with every value escaped."
     import jinja2
@@ -160,7 +157,7 @@ def _goal(folder: Path) -> str:
     try: return load_recipe(folder / 'recipe.yaml').goal
     except ValueError: return ''
 
-# %% ../../nbs/report/render.ipynb #0e804292
+# %% ../../nbs/report/render.ipynb #aa096286
 def page(folder: Path,   # the run's folder
          run: dict,      # its run.json
         ) -> str:        # HTML
@@ -173,7 +170,7 @@ def page(folder: Path,   # the run's folder
         bar=interval_bar(run['verdict']) if run['status'] == 'complete' else None, gates=[gate_row(g) for g in gates],
         gate_line=f'{passed} of {len(gates)} checks passed' if gates else '', stages=stages,
         time_line=f'{total:,.0f} s, of which {share:.0%} kernel start and imports' if isinstance(share, float) else '', limits=limits(run),
-        has_package=(folder / 'deployment' / 'package').is_dir(), load_code=_LOAD, provenance=provenance_tables(run),
+        has_package=(folder / 'deployment' / 'package').is_dir(), load_code=loading_lines('deployment/package'), provenance=provenance_tables(run),
         recipe=recipe.read_text(encoding='utf8') if recipe.exists() else UNKNOWN, version=_version())
 
 # %% ../../nbs/report/render.ipynb #5c29987b
