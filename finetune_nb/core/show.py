@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TONES', 'INK', 'GREY', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'STYLE', 'Shown', 'number', 'badge', 'table', 'facts',
-           'text_block', 'join', 'canvas', 'figure']
+           'text_block', 'say', 'join', 'canvas', 'figure']
 
 # %% ../../nbs/core/show.ipynb #eda2cd9e
 import base64
@@ -92,6 +92,11 @@ def text_block(text: str,          # anything, escaped and kept as it is
     "Text with its line breaks."
     head = f'<div class="label">{escape(label)}</div>' if label else ''
     return Shown(f'{head}<pre class="text">{escape(text)}</pre>', f'{label}\n\n```\n{text}\n```')
+
+# %% ../../nbs/core/show.ipynb #5ec53a6e
+def say(text: str) -> Shown:
+    "A sentence or two, set as prose."
+    return Shown(f'<p class="finding">{escape(text)}</p>', text)
 
 # %% ../../nbs/core/show.ipynb #e5e78faa
 def join(*shown: Any) -> Shown:

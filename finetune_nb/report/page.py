@@ -18,7 +18,7 @@ PALETTE = '''
 .warn { --tone: var(--warn); --tone-wash: var(--warn-wash); } .none, .plain { --tone: var(--none); --tone-wash: var(--none-wash); }
 '''
 
-# %% ../../nbs/report/page.ipynb #2adde592
+# %% ../../nbs/report/page.ipynb #372b05b4
 TYPE = '''
 * { box-sizing: border-box; } html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1.0625rem/1.62 Charter, "Bitstream Charter", "Iowan Old Style", Palatino, "Palatino Linotype", Georgia, serif; }
@@ -34,7 +34,9 @@ code, pre, kbd { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberat
 p code, li code, td code { background: var(--wash); padding: .08em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 pre { background: var(--wash); border: 1px solid var(--faint); border-radius: 6px; padding: .75rem .95rem; overflow-x: auto; line-height: 1.5; font-size: .82rem; margin: .7rem 0; }
 pre code { font-size: inherit; background: none; padding: 0; } .label { font-size: .8rem; color: var(--soft); margin-top: .8rem; }
-pre.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre.text { white-space: pre-wrap; overflow-wrap: anywhere; } p.finding { font-weight: 600; max-width: 41rem; }
+.tokens { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.75; } .tokens .trained, .token-key .trained { background: #bfe8d7; color: #10231b; border-radius: 2px; border-bottom: 2px solid var(--good); }
+.tokens .template, .token-key .template { color: var(--soft); font-style: italic; }
 '''
 
 # %% ../../nbs/report/page.ipynb #c3c1a9e2

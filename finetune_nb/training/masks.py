@@ -74,13 +74,13 @@ def _token(text: str, kind: str) -> str:
     shown = escape(text).replace('\n', '⏎<br>')
     return f'<span class="{kind}" style="{_LOOKS[kind]}">{shown}</span>'
 
-# %% ../../nbs/3_training/masks.ipynb #900549fc
+# %% ../../nbs/3_training/masks.ipynb #bb74aff2
 def token_picture(rendered: Rendered, tokenizer: Any, most: int = 400) -> Shown:
     "The row's first tokens, marked by what they are for."
     texts = [tokenizer.decode([i]) for i in rendered.ids[:most]]
     kinds = token_kinds(rendered)[:most]
     more = f'<p>… {len(rendered.ids) - most:,} more tokens</p>' if len(rendered.ids) > most else ''
     legend = ' '.join(_token(kind, kind) for kind in _LOOKS)
-    html = f'<p>{legend}</p><div class="text" style="line-height:1.9;font-family:monospace">{"".join(map(_token, texts, kinds))}</div>{more}'
+    html = f'<p class="token-key">{legend}</p><div class="tokens" style="line-height:1.9;font-family:monospace">{"".join(map(_token, texts, kinds))}</div>{more}'
     learned = ''.join(text for text, kind in zip(texts, kinds) if kind == 'trained')
     return Shown(html, f'Trained: `{learned}`')
