@@ -26,7 +26,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
     license=cfg['license'], keywords=cfg['keywords'].split(),
     long_description=(ROOT / 'README.md').read_text(encoding='utf8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=[cfg['lib_path'] + '*']), package_data={cfg['lib_path']: ['py.typed', '**/*.yaml', '**/*.css', '**/*.j2']},
+    packages=find_packages(include=[cfg['lib_path'] + '*']), package_data={cfg['lib_path']: ['py.typed']},
     python_requires='>=' + cfg['min_python'], install_requires=lines('requirements'),
     extras_require={'dev': lines('dev_requirements')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
