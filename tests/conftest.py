@@ -15,10 +15,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 
 
-def cli(*words, cwd=None, timeout=600, **env):
+def cli(*words, cwd=None, timeout=600, input=None, **env):
     "Run the command line as a user does, in a process of its own."
     return subprocess.run([Path(sys.executable).with_name('finetune-nb'), *map(str, words)], cwd=cwd, timeout=timeout,
-                          capture_output=True, text=True, env={**os.environ, **env})
+                          input=input, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def public_data(name: str) -> Path:

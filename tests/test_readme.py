@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import cli
 
 ROOT = Path(__file__).parents[1]
@@ -27,14 +28,22 @@ def test_local_links():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_commands_run_on_a_tiny_recipe(recipe_of, tmp_path):
-    "Every `finetune-nb` line but the servers and the demo itself, with the README's own words."
-    recipe_of(tmp_path / 'my-project')
+def make_tiny(recipe: Path, model: Path):
+    "Keep the recipe that `init` wrote, but for the model and the sizes."
+    tree = yaml.safe_load(recipe.read_text())
+    tree['base_models'] = [str(model)]
+    tree.setdefault('train', {}).update(max_steps=2, batch_size=2, max_tokens=512, evals=1, validation_rows=2)
+    tree.setdefault('evaluate', {}).update(max_rows=4, max_new_tokens=4)
+    tree['deploy'] = {'check_rows': 2}
+    recipe.write_text(yaml.safe_dump(tree))
+
+
+def test_commands_in_order_with_the_readmes_own_words(tiny_model, tmp_path):
+    "Every `finetune-nb` line but the server, which would stay; `chat` gets its lines from a pipe."
     commands = [shlex.split(line)[1:] for line in CODE if line.startswith('finetune-nb')]
-    assert any(words[0] == 'run' for words in commands)
+    assert [words[0] for words in commands] == ['init', 'check', 'run', 'run', 'chat', 'serve']
     for words in commands:
-        if words[0] in ('serve', 'chat', 'demo', 'init'):
-            assert cli(words[0], '--help').returncode == 0, words
-            continue
-        done = cli(*words, cwd=tmp_path)
+        if words[0] == 'serve': words = ['serve', '--help']
+        done = cli(*words, cwd=tmp_path, input='Hello\n/quit\n')
         assert done.returncode == 0, f'{words}: {done.stdout}{done.stderr}'
+        if words[0] == 'init': make_tiny(tmp_path / words[1] / 'recipe.yaml', tiny_model)

@@ -1,8 +1,6 @@
 "Public instruction data, and rows from Python's own docstrings, through all six stages with a small budget."
 import json
-import sys
 
-import pytest
 import yaml
 from conftest import cli, public_data
 
@@ -20,10 +18,13 @@ def run(tmp_path, tiny_model, sources, **data):
     return json.loads((tmp_path / 'reports' / 'real' / 'run.json').read_text())
 
 
-@pytest.mark.parametrize('name', ['gpteacher_roleplay', 'lf_alpaca_en_demo', 'lf_glaive_toolcall_en_demo'])
-def test_public_data(name, tmp_path, tiny_model):
-    record = run(tmp_path, tiny_model, [{'path': str(public_data(f'{name}.jsonl.gz'))}])
+def test_public_data(tmp_path, tiny_model):
+    "Three files in three forms, one with tools, in one recipe."
+    names = ['gpteacher_roleplay', 'lf_alpaca_en_demo', 'lf_glaive_toolcall_en_demo']
+    record = run(tmp_path, tiny_model, [{'path': str(public_data(f'{name}.jsonl.gz'))} for name in names])
     assert record['status'] == 'complete' and len(record['stages']) == 6
+    kept = [json.loads(line) for line in (tmp_path / 'reports' / 'real' / 'data' / 'train.jsonl').read_text().splitlines()]
+    assert {row['source'] for row in kept} == set(names) and any(row.get('tools') for row in kept)
 
 
 def test_python_packages(tmp_path, tiny_model):

@@ -1,6 +1,7 @@
 "The main job, end to end, on a tiny model: the contracts that users script against."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,11 +146,23 @@ def test_a_blocked_run_stops_before_training_with_a_report(recipe_of, tmp_path):
     assert 'Q1' in done.stdout + done.stderr
 
 
-def test_a_failing_stage_leaves_a_report(recipe_of, tmp_path):
-    recipe = recipe_of(tmp_path, base_models=['./no-such-model'])
-    done = cli('run', recipe, '--name', 'failing', '--reports', tmp_path / 'reports')
-    assert done.returncode in (1, 2), done.stdout + done.stderr
-    assert 'no-such-model' in done.stderr + done.stdout
+def test_a_missing_base_model_is_found_before_the_start(recipe_of, tmp_path):
+    done = cli('run', recipe_of(tmp_path, base_models=['./no-such-model']), '--name', 'x', '--reports', tmp_path / 'reports')
+    assert done.returncode == 2 and './no-such-model' in done.stderr
+    assert not (tmp_path / 'reports' / 'x').exists()
+
+
+def test_a_failing_stage_leaves_a_report(recipe_of, tiny_model, tmp_path):
+    "Weights that break off: selection fails, and the report shows what curation found."
+    broken = shutil.copytree(tiny_model, tmp_path / 'broken')
+    weights = broken / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = cli('run', recipe_of(tmp_path, base_models=['./broken']), '--name', 'failing', '--reports', tmp_path / 'reports')
+    run = tmp_path / 'reports' / 'failing'
+    assert done.returncode in (1, 2) and 'Traceback' not in done.stderr, done.stdout + done.stderr
+    record = read(run / 'run.json')
+    assert record['status'] == 'failed' and [s['status'] for s in record['stages']][:2] == ['done', 'failed']
+    assert (run / 'report.html').is_file() and len(record['gates']) > 6
 
 
 def test_kill_during_training_then_resume(recipe_of, tmp_path):
@@ -188,13 +201,13 @@ def kernels_die(run: Path):
 
 
 def test_zero_steps_is_legal(recipe_of, tmp_path):
-    done = cli('run', recipe_of(tmp_path, train__max_steps=0), '--name', 'zero', '--reports', tmp_path / 'reports')
+    done = cli('run', recipe_of(tmp_path, train__max_steps=0), '--name', 'zero', '--reports', tmp_path / 'reports', '--to', 'evaluation')
     assert done.returncode == 0, done.stdout + done.stderr
     assert read(tmp_path / 'reports' / 'zero' / 'run.json')['verdict']['verdict'] == 'SAME'
 
 
 def test_full_training_runs(recipe_of, tmp_path):
-    done = cli('run', recipe_of(tmp_path, train__approach='full'), '--name', 'full', '--reports', tmp_path / 'reports')
+    done = cli('run', recipe_of(tmp_path, train__approach='full'), '--name', 'full', '--reports', tmp_path / 'reports', '--to', 'training')
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / 'reports' / 'full' / 'training' / 'model' / 'model.safetensors').is_file()
 
