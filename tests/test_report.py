@@ -3,12 +3,25 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 
 import pytest
 from conftest import cli
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">"><svg onload="document.title=\'owned\'">'
+EVIL = ("""<script>document.title='owned'</script><img src=http://evil.invalid/x.png onerror="document.title='owned'">"""
+        """'"><svg onload="document.title='owned'"><a href="javascript:document.title='owned'">x</a>""")
+
+
+class Elements(HTMLParser):
+    "What a page is made of: its tags and their attributes, as a browser would see them."
+    def __init__(self, page: str):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes): self.found.append((tag, dict(attributes)))
+
 
 
 def test_no_external_address_and_a_policy(complete_run):
@@ -22,7 +35,6 @@ def test_no_external_address_and_a_policy(complete_run):
 
 def test_what_comes_first(complete_run):
     page = (complete_run[0] / 'report.html').read_text()
-    places = [page.index(word) for word in ('INCONCLUSIVE', ) if word in page] or [0]
     order = [page.find(f'id="{name}"') for name in ('verdict', 'gates', 'curation', 'selection', 'training', 'evaluation', 'deployment', 'monitoring', 'provenance', 'notebooks')]
     assert -1 not in order and order == sorted(order), order
     assert page.count('<img') >= 4 and all('alt="' in img for img in re.findall(r'<img[^>]*>', page))
@@ -55,8 +67,11 @@ def hostile_run(recipe_of, tmp_path_factory):
 
 def test_untrusted_text_is_text(hostile_run):
     page = (hostile_run / 'report.html').read_text()
-    assert '<script' not in page.lower() and 'onerror="' not in page.replace('&quot;', '') and '<svg onload' not in page
-    assert '&lt;script&gt;' in page
+    elements = Elements(page).found
+    assert not {'script', 'iframe', 'object', 'embed', 'form', 'link', 'base'} & {tag for tag, _ in elements}
+    assert [a for _, attributes in elements for a in attributes if a.startswith('on')] == []
+    assert [v for _, attributes in elements for v in attributes.values() if v and ('evil.invalid' in v or 'javascript:' in v)] == []
+    assert page.count('evil.invalid') > 3, 'the hostile text must be there to be seen'
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine: `apt-get install chromium`')
@@ -68,5 +83,5 @@ def test_in_a_browser_nothing_runs_and_nothing_is_fetched(hostile_run, tmp_path)
     title = re.search(r'<title>(.*?)</title>', dom, re.S).group(1)
     assert title.strip() and title != 'owned'
     assert dom.count('<section') >= 6
-    asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text()))
-    assert not [url for url in asked if 'google' not in url and 'gstatic' not in url], asked   # the browser's own housekeeping
+    asked = re.findall(r'"url":"([^"]+)"', log.read_text())
+    assert not [url for url in asked if 'evil.invalid' in url], asked   # other addresses are the browser's own housekeeping

@@ -22,4 +22,5 @@ def test_its_mask_is_the_answer_and_its_terminator(starter):
     rendered = render(starter.tokenizer, turns)
     trained = [i for i, t in zip(rendered.ids, rendered.trained) if t]
     assert starter.tokenizer.decode(trained) == 'It is 2024.<|im_end|>'
-    assert rendered.ids == starter.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    whole = starter.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert whole[:len(rendered.ids)] == rendered.ids and starter.tokenizer.decode(whole[len(rendered.ids):]) == '\n'

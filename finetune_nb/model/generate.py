@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Generation', 'generate']
 
-# %% ../../nbs/model/generate.ipynb #28214472
+# %% ../../nbs/model/generate.ipynb #d7b33813
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from ..core.progress import progress
 from ..core.rows import Messages
 from .loading import Loaded
 from .quiet import quiet
+from .step import prefix_cache
 from .template import prompt_ids, terminators
 
 # %% ../../nbs/model/generate.ipynb #1b69b486
@@ -44,20 +45,38 @@ def _groups(lengths: Sequence[int],   # prompt tokens
         group.append(row)
     if group: yield group
 
-# %% ../../nbs/model/generate.ipynb #bd47e4e1
-def _pad_left(prompts: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    "Prompts as tensors, aligned at their end."
+# %% ../../nbs/model/generate.ipynb #a6efccb0
+def _common(prompts: list[list[int]]) -> int:
+    "Leading tokens that all prompts share; at least one is left to each."
+    apart = next((at for at, column in enumerate(zip(*prompts)) if len(set(column)) > 1), min(map(len, prompts)))
+    return min(apart, min(map(len, prompts)) - 1)
+
+# %% ../../nbs/model/generate.ipynb #c3585984
+def _read_once(loaded: Loaded, prompts: list[list[int]], least: int = 8) -> tuple[int, dict]:
+    "Tokens of the common beginning and a cache that holds it for every row; 0 and nothing where it is not worth it."
+    length = _common(prompts)
+    cache = prefix_cache(loaded.model.get_decoder()) if length >= least and len(prompts) > 1 else None
+    if cache is None: return 0, {}
+    loaded.model.get_decoder()(input_ids=torch.tensor([prompts[0][:length]], device=loaded.device), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(prompts))
+    return length, {'past_key_values': cache}
+
+# %% ../../nbs/model/generate.ipynb #20721426
+def _aligned(prompts: list[list[int]], pad_id: int, shared: int) -> dict[str, torch.Tensor]:
+    "Prompts as tensors: the shared beginning, padding, the rest."
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    fill = lambda p, value: [value] * (width - len(p))
+    ids = torch.tensor([p[:shared] + fill(p, pad_id) + p[shared:] for p in prompts])
+    mask = torch.tensor([[1] * shared + fill(p, 0) + [1] * (len(p) - shared) for p in prompts])
     return {'input_ids': ids, 'attention_mask': mask}
 
-# %% ../../nbs/model/generate.ipynb #a9ace1d4
+# %% ../../nbs/model/generate.ipynb #0a03e613
 def _answer_ids(loaded: Loaded, prompts: list[list[int]], ends: list[int], room: int) -> list[list[int]]:
     "Generated ids of each prompt, up to and with the first terminator."
-    batch = {name: t.to(loaded.device) for name, t in _pad_left(prompts, loaded.tokenizer.pad_token_id).items()}
     with torch.inference_mode(), quiet():
-        out = loaded.model.generate(**batch, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_new_tokens=room,
+        shared, cache = _read_once(loaded, prompts)
+        batch = {name: t.to(loaded.device) for name, t in _aligned(prompts, loaded.tokenizer.pad_token_id, shared).items()}
+        out = loaded.model.generate(**batch, **cache, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_new_tokens=room,
                                     repetition_penalty=None, eos_token_id=ends, pad_token_id=loaded.tokenizer.pad_token_id, use_cache=True)
     rows = out[:, batch['input_ids'].shape[1]:].tolist()
     return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]

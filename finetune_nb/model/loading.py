@@ -160,17 +160,16 @@ def load_tokenizer(path: str | Path) -> Any:
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../../nbs/model/loading.ipynb #70b06e82
+# %% ../../nbs/model/loading.ipynb #53fe7a8c
 def load_model(name: str | ModelRef,           # a name as in `base_models`, or what `resolve` gave
                dtype: str | torch.dtype = 'auto',  # auto | float32 | bfloat16 | float16
                device: str | None = None,      # None: the best that is here
                folder: str | Path = '.',       # what a relative name is relative to
-               attention: str | None = None,   # 'eager' | 'sdpa' | …; None: by device
+               attention: str = 'sdpa',        # kernel: 'sdpa' (fused) | 'eager' (plain matrix products) | …
               ) -> Loaded:
     "Load a model for use or training; raises BadInput when the name leads nowhere safe."
     ref = name if isinstance(name, ModelRef) else resolve(str(name), folder)
     device = device or pick_device()
-    attention = attention or ('eager' if device == 'cpu' else 'sdpa')
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(ref.path, dtype=as_dtype(dtype, device), use_safetensors=True,

@@ -41,7 +41,7 @@ class Stage:
         "`N_name`: its notebook's and its record's name."
         return f'{self.number}_{self.name}'
 
-# %% ../../nbs/pipeline/stages.ipynb #e3ad355e
+# %% ../../nbs/pipeline/stages.ipynb #f8ae5b17
 _SPLITS = ('data/train.jsonl', 'data/validation.jsonl', 'data/test.jsonl')
 _ALL = ('name', 'goal', 'seed', 'data', 'judge', 'gates', 'waivers', 'base_models', 'requirements', 'train', 'evaluate', 'deploy', 'monitor')
 
@@ -51,7 +51,7 @@ TABLE = {stage.name: stage for stage in (
     Stage('selection', 'selection', ('seed', 'base_models', 'requirements', 'train'), _SPLITS,
           ('selection/candidates.json', 'selection/advice.json')),
     Stage('training', 'training', ('seed', 'train'), (*_SPLITS[:2], 'selection/*.json'),
-          ('training/adapter|training/model|training/tuned.json', 'training/log.jsonl', 'training/masks.json')),
+          ('training/training.json', 'training/log.jsonl', 'training/masks.json')),
     Stage('evaluation', 'evaluation', ('seed', 'train', 'evaluate'), (*_SPLITS, 'selection/*.json', 'training/**'),
           ('evaluation/metrics.json', 'evaluation/predictions.jsonl')),
     Stage('deployment', 'deployment', ('name', 'goal', 'seed', 'waivers', 'requirements', 'evaluate', 'deploy'),

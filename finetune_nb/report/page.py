@@ -84,7 +84,7 @@ MEDIA = '''
 '''
 STYLE = PALETTE + TYPE + PIECES + TOP + MEDIA
 
-# %% ../../nbs/report/page.ipynb #d82d0f82
+# %% ../../nbs/report/page.ipynb #83931d7a
 HEAD = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
@@ -95,7 +95,7 @@ HEAD = '''<!doctype html>
 VERDICT = '''
 <header class="top"><div class="eyebrow">finetune_nb report{% if run.started != "NOT MEASURED" %} · {{ run.started[:10] }}{% endif %}</div><h1>{{ run.run }}</h1>{% if goal %}<p class="goal">{{ goal }}</p>{% endif %}</header>
 <main>
-<div class="fn-verdict {{ verdict.tone }}" role="region" aria-label="Verdict"><div class="eyebrow">{{ verdict.label }}</div><p class="word">{{ verdict.word }}</p><p class="said">{{ verdict.said }}</p>
+<div id="verdict" class="fn-verdict {{ verdict.tone }}" role="region" aria-label="Verdict"><div class="eyebrow">{{ verdict.label }}</div><p class="word">{{ verdict.word }}</p><p class="said">{{ verdict.said }}</p>
 {% if bar %}<dl class="pair">{% for name, value in bar.numbers %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 <div class="interval" role="img" aria-label="{{ bar.alt }}"><span class="axis"></span><span class="whisker" style="left:{{ bar.low }}%;width:{{ bar.width }}%"></span><span class="zero" style="left:{{ bar.zero }}%"></span><span class="dot" style="left:{{ bar.delta }}%"></span><span class="ends">{{ bar.left }} worse</span><span class="tick" style="left:{{ bar.zero }}%">no difference</span><span class="ends right">better {{ bar.right }}</span></div>{% endif %}</div>
 '''

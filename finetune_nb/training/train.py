@@ -118,7 +118,7 @@ def _keep(plan: Plan, folder: Path, step: int) -> str:
         write_json(config, json.loads(config.read_text()) | {'base_model_name_or_path': plan.ref.name})
     return kind
 
-# %% ../../nbs/3_training/train.ipynb #990e1d81
+# %% ../../nbs/3_training/train.ipynb #df482a69
 @dataclass(frozen=True)
 class Fitted:
     "What the steps left."
@@ -134,7 +134,7 @@ def _fit(plan: Plan, folder: Path) -> Fitted:
     journal, dtype = Journal(folder), base_dtype(plan.approach, plan.settings.dtype)
     journal.restore(found.path)
     set_seed(plan.seed)   # the adapters' first weights
-    model = prepare(load_model(plan.ref, dtype, device), plan.approach, plan.settings.rank)
+    model = prepare(load_model(plan.ref, dtype, device, attention='eager' if device == 'cpu' else 'sdpa'), plan.approach, plan.settings.rank)
     moved = moving(model)
     if found.step < len(plan.steps):
         with calmly(): _trainer(plan, model, journal, folder, device).train(resume_from_checkpoint=str(found.path) if found.path else None)
