@@ -190,6 +190,22 @@ def test_kill_during_training_then_resume(recipe_of, tmp_path):
     assert [entry['step'] for entry in lines(log)] == list(range(1, 401))
 
 
+def test_ctrl_c_leaves_a_report(recipe_of, tmp_path):
+    "Interrupted in the first stage: exit code 130, a report, and a word on how to go on."
+    words = [str(Path(sys.executable).with_name('finetune-nb')), 'run', str(recipe_of(tmp_path)), '--name', 'stopped', '--reports', str(tmp_path / 'reports')]
+    run = tmp_path / 'reports' / 'stopped'
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell's background job would ignore it
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
+    record = run / 'stages' / '1_curation.json'
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not record.is_file(): time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and '--resume' in said, said
+    assert (run / 'report.html').is_file() and read(run / 'run.json')['status'] == 'failed'
+
+
 def kernels_die(run: Path):
     "A kernel notices that its parent is gone within a few seconds; then nobody writes to the folder."
     for _ in range(60):

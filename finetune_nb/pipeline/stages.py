@@ -85,14 +85,18 @@ def stage_notebook(stage: Stage,
         if (path := folder / f'{stage.stem}.ipynb').is_file(): return path
     raise BadInput(f'{stage.stem}.ipynb: not in this installation; install finetune_nb again')
 
-# %% ../../nbs/pipeline/stages.ipynb #f92daade
-def _imports(code: str) -> set[str]:
+# %% ../../nbs/pipeline/stages.ipynb #f742256b
+def _imports(code: str,
+             module: str = '',   # the module it stands in, for imports that begin with a dot
+            ) -> set[str]:
     "The modules of ours that a piece of code may import."
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import): names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            home = '.'.join(module.split('.')[:-node.level]) if node.level else ''
+            base = '.'.join(filter(None, [home, node.module]))
+            names |= {base} | {f'{base}.{alias.name}' for alias in node.names}
     return {name for name in names if name.split('.')[0] == 'finetune_nb'}
 
 # %% ../../nbs/pipeline/stages.ipynb #b16a3cb3
@@ -101,7 +105,7 @@ def _notebook_code(path: Path) -> list[str]:
     cells = json.loads(path.read_text(encoding='utf8'))['cells']
     return [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
 
-# %% ../../nbs/pipeline/stages.ipynb #7cd537f5
+# %% ../../nbs/pipeline/stages.ipynb #c9c62178
 def reachable(notebook: Path) -> dict[str, str]:
     "Every module of ours that a notebook reaches through imports, with its file's SHA-256."
     root = Path(finetune_nb.__file__).parent
@@ -111,7 +115,7 @@ def reachable(notebook: Path) -> dict[str, str]:
         file = root.joinpath(*name.split('.')[1:]).with_suffix('.py')
         if name in seen or not file.is_file(): continue
         seen[name] = sha256_file(file)
-        waiting |= _imports(file.read_text(encoding='utf8')) - seen.keys()
+        waiting |= _imports(file.read_text(encoding='utf8'), name) - seen.keys()
     return seen
 
 # %% ../../nbs/pipeline/stages.ipynb #f793bd43
