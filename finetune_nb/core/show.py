@@ -47,11 +47,10 @@ def badge(word: str) -> str:
     "HTML of a verdict word in its tone."
     return f'<span class="badge {TONES.get(word, "plain")}">{escape(str(word))}</span>'
 
-# %% ../../nbs/core/show.ipynb #2adb60b2
-def _cell(value: Any) -> str:
-    "The HTML of a table cell."
+# %% ../../nbs/core/show.ipynb #f3d82ee5
+def _cell(value: Any, kind: str) -> str:
+    "The HTML of a table cell; `kind` is its column's class, if any."
     if isinstance(value, Shown): return f'<td>{value.html}</td>'
-    kind = ' class="number"' if isinstance(value, (int, float)) and not isinstance(value, bool) else ''
     text = badge(value) if isinstance(value, str) and value in TONES else escape(number(value))
     return f'<td{kind}>{text}</td>'
 
@@ -61,7 +60,7 @@ def _plain(value: Any) -> str:
     text = value.markdown if isinstance(value, Shown) else number(value)
     return text.replace('|', '\\|').replace('\n', ' ')
 
-# %% ../../nbs/core/show.ipynb #be1d1ebe
+# %% ../../nbs/core/show.ipynb #05161f02
 def table(rows: list[dict],                  # one dictionary a row
           columns: list[str] | None = None,  # which keys, in order; None: those of the first row
           caption: str = '',                 # what the table says
@@ -69,10 +68,10 @@ def table(rows: list[dict],                  # one dictionary a row
     "A table; without rows it says so."
     if not rows: return Shown(f'<p class="empty">{escape(caption)}: none</p>', f'{caption}: none')
     columns = columns or list(rows[0])
-    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
-    kind = {c: ' class="number"' if any(is_number(row.get(c)) for row in rows) else '' for c in columns}
+    is_number = lambda value: value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind = {c: ' class="number"' if all(is_number(row.get(c)) for row in rows) else '' for c in columns}
     head = ''.join(f'<th scope="col"{kind[c]}>{escape(c)}</th>' for c in columns)
-    body = ''.join('<tr>' + ''.join(_cell(row.get(c)) for c in columns) + '</tr>' for row in rows)
+    body = ''.join('<tr>' + ''.join(_cell(row.get(c), kind[c]) for c in columns) + '</tr>' for row in rows)
     title = f'<caption>{escape(caption)}</caption>' if caption else ''
     lines = ['| ' + ' | '.join(columns) + ' |', '|' + ' --- |' * len(columns)]
     lines += ['| ' + ' | '.join(_plain(row.get(c)) for c in columns) + ' |' for row in rows]

@@ -43,11 +43,20 @@ def _by_cluster(values: Sequence[float], clusters: Sequence[Hashable] | None) ->
     where = np.unique([str(c) for c in clusters], return_inverse=True)[1]
     return np.bincount(where, values), np.bincount(where).astype(float)
 
-# %% ../../nbs/core/statistics.ipynb #253c323b
-def _bootstrap(sums: np.ndarray, sizes: np.ndarray, seed: int, level: float, draws: int = 4000) -> tuple[float, float]:
-    "Expanded percentile interval of the mean over resampled clusters."
+# %% ../../nbs/core/statistics.ipynb #3a97b564
+def _spread(sums: np.ndarray, sizes: np.ndarray) -> float:
+    "Cluster-robust standard error of the mean."
+    m, mean = len(sums), sums.sum() / sizes.sum()
+    return float(np.sqrt(m / max(1, m - 1) * ((sums - mean * sizes)**2).sum()) / sizes.sum())
+
+# %% ../../nbs/core/statistics.ipynb #5493a326
+def _bootstrap(sums: np.ndarray, sizes: np.ndarray, seed: int, level: float, draws: int = 4000, few: int = 10) -> tuple[float, float]:
+    "Expanded percentile interval of the mean over resampled clusters; Student's interval below `few` clusters."
     m = len(sums)
     if m < 2: return -np.inf, np.inf
+    if m < few:
+        mean, reach = sums.sum() / sizes.sum(), -stdtrit(m - 1, (1 - level) / 2) * _spread(sums, sizes)
+        return float(mean - reach), float(mean + reach)
     pick = np.random.default_rng(seed).integers(m, size=(draws, m))
     means = sums[pick].sum(1) / sizes[pick].sum(1)
     tail = ndtr(np.sqrt(m / (m - 1)) * stdtrit(m - 1, (1 - level) / 2))
@@ -95,7 +104,7 @@ def _sign_flip(sums: np.ndarray, seed: int, draws: int = 10_000) -> float:
     reached = int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12).sum())
     return reached / len(signs) if m <= 12 else (reached + 1) / (draws + 1)
 
-# %% ../../nbs/core/statistics.ipynb #de7df9f7
+# %% ../../nbs/core/statistics.ipynb #84797aaa
 def paired(base: Sequence[float],                        # one a row
            tuned: Sequence[float],                       # the same rows
            clusters: Sequence[Hashable] | None = None,   # which rows belong together
@@ -110,7 +119,8 @@ def paired(base: Sequence[float],                        # one a row
     delta, m = float(sums.sum() / sizes.sum()), len(sums)
     same = np.ptp(differences) == 0
     low, high = _unanimous(delta, m, level) if same else _bootstrap(sums, sizes, seed, level)
-    error = wilson(0, m).high / 2 if same else np.sqrt(m / max(1, m - 1) * ((sums - delta * sizes)**2).sum()) / sizes.sum()
+    if m > 1 and min(*base, *tuned) >= 0 and max(*base, *tuned) <= 1: low, high = max(low, -1.0), min(high, 1.0)
+    error = wilson(0, m).high / 2 if same else _spread(sums, sizes)
     reach = stdtrit(max(1, m - 1), (1 + level) / 2) + ndtri(0.8)
     return Paired(float(np.mean(base)), float(np.mean(tuned)), delta, low, high, _sign_flip(sums, seed), len(base), m, float(reach * error))
 

@@ -6,13 +6,13 @@
 __all__ = ['LOWER_IS_BETTER', 'FEWEST', 'NOT_MEASURED', 'compare', 'measure', 'rows_needed', 'against_nearest', 'Verdict',
            'sentence', 'overall', 'by_category', 'conclude']
 
-# %% ../../nbs/4_evaluation/verdict.ipynb #3997e5bb
+# %% ../../nbs/4_evaluation/verdict.ipynb #dc8cca63
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core.files import read_json, read_jsonl, write_json, write_jsonl
-from ..core.show import Shown, badge, join, number, table, text_block
+from ..core.show import Shown, badge, join, number, say, table
 from ..core.statistics import decide, holm, paired
 
 # %% ../../nbs/4_evaluation/verdict.ipynb #8663e86f
@@ -174,22 +174,22 @@ class Verdict:
     def _repr_html_(self) -> str: return self._shown()._repr_html_()
     def _repr_markdown_(self) -> str: return self._shown()._repr_markdown_()
 
-# %% ../../nbs/4_evaluation/verdict.ipynb #aab30410
+# %% ../../nbs/4_evaluation/verdict.ipynb #4999ad85
 def sentence(verdict: Verdict) -> Shown:
     "The verdict as one paragraph."
     cut = verdict.cut
     cuts = f' Answers cut at {cut["limit"]} tokens: base {cut["base"]}, tuned {cut["tuned"]}.' if cut else ''
     if cut.get('prompts'): cuts += f' Prompts cut because the context is too short: {cut["prompts"]}.'
-    return text_block(f'{verdict.verdict}: {verdict.because}{cuts} NOT MEASURED: {"; ".join(verdict.not_measured)}.')
+    return say(f'{verdict.verdict}: {verdict.because}{cuts} NOT MEASURED: {"; ".join(verdict.not_measured)}.')
 
-# %% ../../nbs/4_evaluation/verdict.ipynb #bce12596
+# %% ../../nbs/4_evaluation/verdict.ipynb #c414b318
 def _line(r: dict, name: str) -> dict:
     "One record as a line of a table."
     better = 'less' if r['metric'] in LOWER_IS_BETTER else 'more'
     p = r.get('p_adjusted')
     return {'': name, 'better is': better, 'n': r['n'], 'base': number(r['base']), 'tuned': number(r['tuned']),
             'difference': f'{r["delta"]:+.3f}', '95 % interval': '' if r['low'] is None else f'{r["low"]:+.3f} to {r["high"]:+.3f}',
-            'p': '' if p is None else f'{p:.3f}', 'finds': number(r['mde']), 'verdict': r['verdict']}
+            'p': '' if p is None else f'{p:.3f}', 'finds': '> 1' if better == 'more' and (r['mde'] or 0) > 1 else number(r['mde']), 'verdict': r['verdict']}
 
 # %% ../../nbs/4_evaluation/verdict.ipynb #2870e626
 def overall(verdict: Verdict) -> Shown:

@@ -39,12 +39,12 @@ pre.text { white-space: pre-wrap; overflow-wrap: anywhere; } p.finding { font-we
 .tokens .template, .token-key .template { color: var(--soft); font-style: italic; }
 '''
 
-# %% ../../nbs/report/page.ipynb #c3c1a9e2
+# %% ../../nbs/report/page.ipynb #b8d8f827
 PIECES = '''
 .scroll, .fn-output { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; line-height: 1.42; margin: 1rem 0; font-variant-numeric: tabular-nums; min-width: min(100%, 22rem); }
 table.full { width: 100%; } table.full td { max-width: none; } caption { text-align: left; color: var(--soft); padding: 0 0 .45rem; font-size: .86rem; }
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1.5px solid var(--line); padding: .35rem .9rem .35rem 0; vertical-align: bottom; }
-td { border-bottom: 1px solid var(--faint); padding: .42rem .9rem .42rem 0; vertical-align: top; overflow-wrap: break-word; max-width: 26rem; } td.number, th.number { text-align: right; white-space: nowrap; } td:last-child, th:last-child { padding-right: 0; }
+td { border-bottom: 1px solid var(--faint); padding: .42rem .9rem .42rem 0; vertical-align: top; overflow-wrap: break-word; max-width: 26rem; } td.number, th.number { text-align: right; } td.number { white-space: nowrap; } td:last-child, th:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom-color: var(--line); }
 .when { white-space: nowrap; } .wide { min-width: 12rem; } .badge { display: inline-block; font-size: .72rem; font-weight: 650; letter-spacing: .03em; line-height: 1.45; padding: .08rem .5rem; border-radius: 99px; white-space: nowrap; color: var(--tone, var(--none)); background: var(--tone-wash, var(--none-wash)); border: 1px solid color-mix(in srgb, var(--tone, var(--none)) 35%, transparent); }
 img { max-width: 100%; height: auto; } img.figure { display: block; background: #fff; border: 1px solid var(--faint); border-radius: 8px; padding: .7rem; margin: 1rem 0; }
