@@ -63,13 +63,13 @@ def _answer(answerer: Callable, asks: list[Ask]) -> None:
         return
     for ask, generation in zip(asks, found, strict=True): ask.answer.set_result(generation)
 
-# %% ../../nbs/5_deployment/engine.ipynb #054eaf95
+# %% ../../nbs/5_deployment/engine.ipynb #310b8001
 class Engine:
     "A queue of requests and the one thread that answers them."
     def __init__(self,
                  answerer: Callable,     # (list of messages, max_new_tokens, tools) → one generation each
                  most: int = 8,          # requests a batch
-                 gather: float = 0.005,  # seconds to wait for company
+                 gather: float = 0.03,   # seconds to wait for company: clients that were answered together ask again almost together
                  room: int = 64,         # requests that may wait
                 ):
         self._answerer, self._most, self._gather = answerer, most, gather

@@ -141,7 +141,7 @@ def drifted(health: Health) -> Shown:
              for s in health.drift]
     return table(lines, caption="Against the training data; p by permutation, corrected (Holm). 'finds': the smallest shift found four times in five")
 
-# %% ../../nbs/6_monitoring/health.ipynb #04de7621
+# %% ../../nbs/6_monitoring/health.ipynb #be4e5ab8
 def novelty_figure(strange: Sequence[float | None],   # one share a request: `Health.strange`
                    alpha: float = .05,
                   ) -> Shown:
@@ -152,7 +152,7 @@ def novelty_figure(strange: Sequence[float | None],   # one share a request: `He
     ax.hist(seen, bins=[i / 20 for i in range(21)], color=BLUE)
     ax.axhline(len(seen) / 20, color=GREY, linestyle='--', linewidth=1)
     ax.axvline(alpha, color=ORANGE, linewidth=1.5)
-    ax.set(xlabel='share of held-out rows at least as far from the training data (dashed: expected when nothing changed)', ylabel='requests')
+    ax.set(xlabel='share of held-out rows at least as far from the training data\n(dashed: expected when nothing changed)', ylabel='requests')
     odd = sum(p <= alpha for p in seen)
     return figure(fig, f'{odd} of {len(seen)} requests are stranger than {1 - alpha:.0%} of held-out rows; {alpha * len(seen):.0f} expected.')
 
