@@ -33,15 +33,14 @@ def questions(test: list[dict],          # the test rows
     return [{'id': row['id'], 'category': row.get('category'), 'messages': prompt_messages(row), 'tools': row.get('tools') or None, 'evaluated': said}
             for row, said in spread(pairs, n)]
 
-# %% ../../nbs/5_deployment/certificate.ipynb #44f9c838
+# %% ../../nbs/5_deployment/certificate.ipynb #4574ce85
 def load_plainly(package: str | Path) -> tuple:   # model, tokenizer
     "A package by plain `transformers`, on a GPU where there is one."
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from finetune_nb.model.loading import pick_device
     from finetune_nb.model.quiet import quiet
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    with quiet(): model = AutoModelForCausalLM.from_pretrained(package, dtype='auto').to(device).eval()
+    with quiet(): model = AutoModelForCausalLM.from_pretrained(package, dtype='auto').to(pick_device()).eval()
     return model, AutoTokenizer.from_pretrained(package, padding_side='left')
 
 # %% ../../nbs/5_deployment/certificate.ipynb #50eb072f
