@@ -21,6 +21,13 @@ def cli(*words, cwd=None, timeout=600, input=None, **env):
                           input=input, capture_output=True, text=True, env={**os.environ, **env})
 
 
+def pytest_collection_modifyitems(items):
+    "Tests that read the one complete run go to one worker, so that it is made once; slow tests begin first."
+    items.sort(key=lambda item: item.path.name == 'test_notebooks.py')
+    for item in items:
+        if 'complete_run' in item.fixturenames: item.add_marker(pytest.mark.xdist_group('complete run'))
+
+
 def public_data(name: str) -> Path:
     "A file of the public data, or a skip that says why."
     folder = Path(os.environ.get('FINETUNE_NB_DATA', ROOT.parent / 'shared' / 'data'))
