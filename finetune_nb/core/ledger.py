@@ -25,11 +25,11 @@ COLUMNS = pa.schema([('id', pa.string()), ('file', pa.string()), ('line', pa.int
 class BrokenLedger(AssertionError):
     "Rows in plus rows made are not rows kept plus rows dropped: a bug in the stage."
 
-# %% ../../nbs/core/ledger.ipynb #df601d62
-def _place(row: Row) -> tuple[str, int, str]:
-    "File, line and, for a made row, its id: what tells two rows of one content apart."
+# %% ../../nbs/core/ledger.ipynb #fa2c72d4
+def _place(row: Row) -> tuple[str, int, int]:
+    "File, line and number in the line: what tells two rows of one content apart."
     origin = row.get('origin') or {}
-    return origin.get('file', ''), origin.get('line', 0), row['id'] if row.get('parent') else ''
+    return origin.get('file', ''), origin.get('line', 0), origin.get('instance', 0)
 
 # %% ../../nbs/core/ledger.ipynb #1180ab58
 def _entry(row: Row, outcome: str, **more) -> dict:

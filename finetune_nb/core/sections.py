@@ -104,11 +104,12 @@ class Augment(Section):
     share: Share = 0.2                                        # at most this share of the training rows
     families: list[Literal['adversarial', 'unusual format', 'boundary']] = ['adversarial', 'unusual format', 'boundary']
 
-# %% ../../nbs/core/sections.ipynb #1f5f88bf
+# %% ../../nbs/core/sections.ipynb #e2d8f46f
 class Judge(Section):
     "Who judges clarity and quality."
     model: Model = 'none'                                     # none | likelihood | starter | local folder | {url, model, key_env}
     sample: Count = 200                                       # rows judged, a stratified sample
+    exam_rows: Count = 40                                     # rows that are spoilt to examine the judge
     human: str | None = None                                  # CSV of labels by people: id, clarity, response (1 to 5)
     distill: bool = False                                     # a linear head on embeddings learns from the judge and scores every row
     min_clarity: Annotated[float, Field(ge=0, le=1)] = 0.25   # a qualified judge drops what it scores lower

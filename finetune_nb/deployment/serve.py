@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_BYTES', 'PATIENCE', 'Server', 'make_app', 'running', 'package_app', 'serve']
 
-# %% ../../nbs/5_deployment/serve.ipynb #104cba4e
+# %% ../../nbs/5_deployment/serve.ipynb #a63bec5b
 import asyncio
 import hmac
 import os
@@ -28,7 +28,7 @@ from starlette.routing import Route
 from ..core.files import BadInput
 from .engine import Busy, Closed, Engine, model_engine
 from .package import load_package, package_of
-from .protocol import ChatRequest, Completion, Refused, RequestLog, log_row, read_request
+from .protocol import ChatRequest, Completion, Refused, RequestLog, feedback_row, log_row, read_feedback, read_request
 
 # %% ../../nbs/5_deployment/serve.ipynb #63ee9891
 MOST_BYTES = 1_000_000   # of a request body
@@ -104,6 +104,17 @@ async def _chat(request: Request) -> Response:
     if asked.stream: return StreamingResponse(iter(done.chunks(asked.usage_in_stream)), media_type='text/event-stream', headers={'Cache-Control': 'no-cache'})
     return JSONResponse(done.whole())
 
+# %% ../../nbs/5_deployment/serve.ipynb #67408b1f
+async def _feedback(request: Request) -> Response:
+    "POST /v1/feedback."
+    server = request.app.state.server
+    server.admit(request)
+    found = read_feedback(await _body(request))
+    if not server.log: raise Refused(501, 'this server keeps no log, so feedback would be lost')
+    server.log.write(feedback_row(found, server.content))
+    return JSONResponse({'object': 'feedback', 'response_id': found.response_id, 'rating': found.rating,
+                         'correction_kept': found.correction is not None and server.content})
+
 # %% ../../nbs/5_deployment/serve.ipynb #749ee5a5
 async def _models(request: Request) -> Response:
     "GET /v1/models: the one model there is."
@@ -122,7 +133,7 @@ async def _say_refused(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException): error = Refused(error.status_code, f'{request.method} {request.url.path}: {error.detail}', headers=dict(error.headers or {}))
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
-# %% ../../nbs/5_deployment/serve.ipynb #67ca6432
+# %% ../../nbs/5_deployment/serve.ipynb #239d4dc5
 def make_app(loaded: Any,                          # model and tokenizer
              log_path: str | Path | None = None,   # JSON Lines file; None: nothing is logged
              name: str = 'model',                  # the model's name for clients
@@ -141,7 +152,8 @@ def make_app(loaded: Any,                          # model and tokenizer
         await asyncio.to_thread(engine.close)
         if log: log.close()
 
-    app = Starlette(routes=[Route('/v1/chat/completions', _chat, methods=['POST']), Route('/v1/models', _models), Route('/health', _health)],
+    app = Starlette(routes=[Route('/v1/chat/completions', _chat, methods=['POST']), Route('/v1/feedback', _feedback, methods=['POST']),
+                            Route('/v1/models', _models), Route('/health', _health)],
                     exception_handlers={Refused: _say_refused, HTTPException: _say_refused}, lifespan=lifespan)
     app.state.server = Server(loaded, name, engine, log, key, max_new_tokens, content)
     return app

@@ -90,17 +90,24 @@ def _report(args: argparse.Namespace) -> int:
     write_index(folder.parent)
     return 0
 
-# %% ../../nbs/pipeline/cli.ipynb #57d86f45
+# %% ../../nbs/pipeline/cli.ipynb #8fa61abf
 def _check(args: argparse.Namespace) -> int:
     "Validate files without a run."
     from finetune_nb.curation.validate import check_file
     codes = []
     for file in args.files:
-        if not Path(file).is_file(): raise BadInput(f'{file}: no such file')
-        found = check_file(file)
-        print(found)
-        codes.append(2 if getattr(found, 'problems', None) else 0)
+        try: print(found := check_file(file, args.format))
+        except BadInput as error: print(error, file=sys.stderr); codes.append(2)
+        else: codes.append(0 if found.ok else 2)
     return max(codes)
+
+def _convert(args: argparse.Namespace) -> int:
+    "Another format, and what it cannot hold."
+    from finetune_nb.curation.convert import convert_file
+    checked, done = convert_file(args.source, args.target, args.to, args.format, args.force)
+    if checked.problems: print(checked)
+    print(done, f'wrote {args.target}' if done.objects else 'nothing was written: no row could be held', sep='\n')
+    return 2 if checked.problems or done.left_out or not done.objects else 0
 
 # %% ../../nbs/pipeline/cli.ipynb #f7935aff
 def _serve(args: argparse.Namespace) -> int:
@@ -159,11 +166,17 @@ def _running_verbs(verbs) -> None:
     plan = _verb(verbs, 'plan', _plan, 'stages 1 and 2 only: the designed pipeline', 'set', 'name')
     plan.add_argument('recipe', metavar='RECIPE')
 
-# %% ../../nbs/pipeline/cli.ipynb #345f6af1
+# %% ../../nbs/pipeline/cli.ipynb #aa929d3e
 def _looking_verbs(verbs) -> None:
     "The verbs that look at data, runs and models."
     check = _verb(verbs, 'check', _check, 'detect the format of data files and list their errors; no run')
     check.add_argument('files', nargs='+', metavar='FILE')
+    change = _verb(verbs, 'convert', _convert, 'write a data file in another format; report what that cannot hold')
+    change.add_argument('source', metavar='IN')
+    change.add_argument('target', metavar='OUT', help='.jsonl, .jsonl.gz, .json, .csv or .parquet')
+    change.add_argument('--to', required=True, metavar='FORMAT', help='messages, sharegpt, alpaca, prompt-completion or preference')
+    change.add_argument('--force', action='store_true', help='replace OUT')
+    for verb in (check, change): verb.add_argument('--format', metavar='NAME', help='read as this format (found by itself)')
     _verb(verbs, 'runs', _runs, 'list the runs; finish the reports of runs that died')
     _verb(verbs, 'report', _report, "write a run's report again", 'run')
     serve = _verb(verbs, 'serve', _serve, "answer OpenAI chat requests with a run's model", 'run')

@@ -6,7 +6,7 @@
 __all__ = ['TABLE', 'PACKAGES', 'Stage', 'the_stage', 'stage_notebook', 'reachable', 'versions', 'raw_files', 'stage_key',
            'record_path', 'read_record', 'write_record', 'made_files', 'missing_outputs', 'is_fresh', 'clear_stage']
 
-# %% ../../nbs/pipeline/stages.ipynb #2ac45633
+# %% ../../nbs/pipeline/stages.ipynb #c65de6dd
 import ast
 import json
 import os
@@ -19,15 +19,17 @@ from pathlib import Path
 import finetune_nb
 from ..core.files import BadInput, digest, read_json, sha256_file, write_json
 from ..core.recipe import nearest, resolved
+from ..core.rows import column
+from ..core.rows import column
 from ..core.run import STAGES, Run
 
-# %% ../../nbs/pipeline/stages.ipynb #6203c8db
+# %% ../../nbs/pipeline/stages.ipynb #b095ef64
 @dataclass(frozen=True)
 class Stage:
     "One of the six: what it reads, and what it must leave."
     name: str                     # as in STAGES
     folder: str                   # where its artifacts lie
-    sections: tuple[str, ...]     # recipe keys that it follows
+    sections: tuple[str, ...]     # recipe keys that it follows, dotted where only a part matters
     inputs: tuple[str, ...]       # globs of earlier stages' artifacts
     outputs: tuple[str, ...]      # paths that must exist afterwards; 'a|b': either
 
@@ -41,12 +43,12 @@ class Stage:
         "`N_name`: its notebook's and its record's name."
         return f'{self.number}_{self.name}'
 
-# %% ../../nbs/pipeline/stages.ipynb #f8ae5b17
+# %% ../../nbs/pipeline/stages.ipynb #a7961661
 _SPLITS = ('data/train.jsonl', 'data/validation.jsonl', 'data/test.jsonl')
-_ALL = ('name', 'goal', 'seed', 'data', 'judge', 'gates', 'waivers', 'base_models', 'requirements', 'train', 'evaluate', 'deploy', 'monitor')
+_ALL = ('name', 'goal', 'seed', 'data', 'generate', 'augment', 'judge', 'gates', 'waivers', 'base_models', 'requirements', 'train', 'evaluate', 'deploy', 'monitor')
 
 TABLE = {stage.name: stage for stage in (
-    Stage('curation', 'data', ('seed', 'data', 'judge', 'gates', 'waivers'), (),
+    Stage('curation', 'data', ('seed', 'data', 'generate', 'augment', 'judge', 'gates', 'waivers', 'base_models', 'train.approach', 'train.max_tokens'), (),
           (*_SPLITS, 'data/quarantine.jsonl', 'data/ledger.parquet', 'data/gates.json', 'data/coverage.json')),
     Stage('selection', 'selection', ('seed', 'base_models', 'requirements', 'train'), _SPLITS,
           ('selection/candidates.json', 'selection/advice.json')),
@@ -129,7 +131,22 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError: return 'NOT MEASURED'
     return {name: one(name) for name in PACKAGES}
 
-# %% ../../nbs/pipeline/stages.ipynb #0b254094
+# %% ../../nbs/pipeline/stages.ipynb #bb7a5887
+def _side_files(run: Run) -> dict[str, str]:
+    "SHA-256 of the files that a recipe names beside its sources; raises BadInput for one that is not there."
+    data, named = run.recipe.data, {}
+    named |= {f'data.benchmarks.{i}': path for i, path in enumerate(data.benchmarks)}
+    named |= {f'generate.documents.{i}': path for i, path in enumerate(run.recipe.generate.documents)}
+    if isinstance(data.answers.json_schema, str): named['data.answers.json_schema'] = data.answers.json_schema
+    if run.recipe.judge.human: named['judge.human'] = run.recipe.judge.human
+    found = {}
+    for key, path in named.items():
+        files = sorted(p for p in glob(str(run.recipe.folder / os.path.expanduser(path)), recursive=True) if os.path.isfile(p))
+        if not files: raise BadInput(f'{key}: {path}: no such file; paths are relative to the recipe\'s folder')
+        found |= {os.path.relpath(p, run.recipe.folder): sha256_file(p) for p in files}
+    return found
+
+# %% ../../nbs/pipeline/stages.ipynb #c76d242d
 def raw_files(run: Run) -> dict[str, str]:
     "SHA-256 of every raw file that the recipe names; raises BadInput for a source that matches nothing."
     found = {}
@@ -139,7 +156,7 @@ def raw_files(run: Run) -> dict[str, str]:
         if not files:
             raise BadInput(f'data.sources.{number}.path: {source.path}: no such file; paths are relative to the recipe\'s folder')
         found |= {os.path.relpath(p, run.recipe.folder): sha256_file(p) for p in files}
-    return found
+    return found | _side_files(run)
 
 # %% ../../nbs/pipeline/stages.ipynb #5ef004ae
 def _bases(run: Run) -> dict:
@@ -147,7 +164,7 @@ def _bases(run: Run) -> dict:
     folders = [p for name in run.recipe.base_models if (p := run.recipe.folder / os.path.expanduser(name)).is_dir()]
     return {p.name: sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in p.iterdir() if f.is_file()) for p in folders}
 
-# %% ../../nbs/pipeline/stages.ipynb #dcb8afef
+# %% ../../nbs/pipeline/stages.ipynb #9bc74d1e
 def stage_key(run: Run,
               stage: Stage,
               notebook: Path,   # its notebook
@@ -157,7 +174,7 @@ def stage_key(run: Run,
     files = {str(p.relative_to(run.folder)): sha256_file(p) for pattern in stage.inputs for p in _files(run, pattern)}
     first = {'raw': raw_files(run)} if stage.name == 'curation' else {}
     bases = {'bases': _bases(run)} if stage.name in ('selection', 'training') else {}
-    return digest({'files': files, **first, **bases, 'recipe': {key: recipe[key] for key in stage.sections},
+    return digest({'files': files, **first, **bases, 'recipe': {key: column(recipe, key) for key in stage.sections},
                    'code': reachable(notebook), 'notebook': _notebook_code(notebook), 'versions': versions()})
 
 # %% ../../nbs/pipeline/stages.ipynb #de87d98d

@@ -80,9 +80,9 @@ def _deployment(folder: Path) -> str:
     verdict = peek(folder, 'deployment', 'certificate.json', default={}).get('verdict', '')
     return f'{sum(p.stat().st_size for p in files) / 1e6:,.0f} MB in {len(files)} files' + (f', {verdict}' if verdict else '')
 
-# %% ../../nbs/report/collect.ipynb #7d8e6f41
+# %% ../../nbs/report/collect.ipynb #8233fcee
 def _monitoring(folder: Path) -> str:
-    served = peek(folder, 'deployment', 'requests.jsonl', default=[])
+    served = [line for line in peek(folder, 'deployment', 'requests.jsonl', default=[]) if 'finetune_nb.feedback.rating' not in line]   # what readers said of an answer is no request
     work = peek(folder, 'monitoring', 'worklist.jsonl', default=[])
     return f'{number(len(served))} requests, {number(len(work))} things to do'
 
@@ -114,13 +114,15 @@ def _total(values: dict) -> float | str:
     known = [v for v in values.values() if isinstance(v, (int, float))]
     return round(sum(known), 2) if known else UNKNOWN
 
-# %% ../../nbs/report/collect.ipynb #64a69b4a
-def read_costs(stages: list[dict]) -> dict:
-    "Seconds, overhead and memory by stage."
+# %% ../../nbs/report/collect.ipynb #5bae1c8f
+def read_costs(stages: list[dict],
+               judge_calls: int = 0,   # model calls that judging cost; answers from the cache are free
+              ) -> dict:
+    "Seconds, overhead and memory by stage; calls of the judge."
     seconds, overhead, memory = ({s['name']: s[key] for s in stages} for key in ('seconds', 'overhead', 'peak_memory_mb'))
     total, lost = _total(seconds), _total(overhead)
     share = round(lost / total, 4) if UNKNOWN not in (total, lost) and total else UNKNOWN
-    return {'seconds': seconds | {'total': total}, 'overhead': overhead | {'total': lost, 'share': share}, 'peak_memory_mb': memory, 'judge_calls': 0}
+    return {'seconds': seconds | {'total': total}, 'overhead': overhead | {'total': lost, 'share': share}, 'peak_memory_mb': memory, 'judge_calls': judge_calls}
 
 # %% ../../nbs/report/collect.ipynb #1a1ea1b3
 def state_path(folder: str | Path) -> Path:
@@ -138,15 +140,16 @@ def _provenance(folder: Path, state: dict) -> dict:
     return {'git': known.get('git', UNKNOWN), 'versions': known.get('versions', UNKNOWN), 'hardware': known.get('hardware', UNKNOWN),
             'seed': locals().get('seed', UNKNOWN), 'data_sha256': data or UNKNOWN}
 
-# %% ../../nbs/report/collect.ipynb #b840bc41
+# %% ../../nbs/report/collect.ipynb #31885768
 def collect(folder: str | Path,   # the run's folder
            ) -> dict:             # what `run.json` holds
     "Gather a run into `run.json`, whatever state it is in."
     folder = Path(folder)
     state, stages = peek(folder, 'stages', 'state.json', default={}), read_stages(folder)
+    judge = (peek(folder, 'data', 'curation.json', default={}) or {}).get('judge') or {}
     ended = 'failed' if any(s['status'] in ('failed', 'interrupted') for s in stages) else 'complete'
     gathered = {'run': folder.resolve().name, 'status': state.get('status', ended), 'message': state.get('message', ''),
                 'started': state.get('started', UNKNOWN), 'ended': state.get('ended', UNKNOWN), 'stages': stages,
-                'gates': read_gates(folder), 'verdict': read_verdict(folder), 'provenance': _provenance(folder, state), 'costs': read_costs(stages)}
+                'gates': read_gates(folder), 'verdict': read_verdict(folder), 'provenance': _provenance(folder, state), 'costs': read_costs(stages, judge.get('calls', 0))}
     write_json(folder / 'run.json', gathered)
     return gathered
