@@ -19,7 +19,7 @@ def run_on(folder, made, format, suffix='.jsonl', **data):
     "Curate planted rows; the fate of each line, the key, and what curation says."
     file = folder / f'rows{suffix}'
     key, originals = planted.write(made, file, format)
-    recipe = {'name': 'planted', 'data': {'sources': [{'path': file.name}], 'category': 'category', **data}}
+    recipe = {'name': 'planted', 'base_models': ['./absent'], 'data': {'sources': [{'path': file.name}], 'category': 'category', **data}}
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
     curated = curate(Run.open(folder / 'run', folder / 'recipe.yaml'))
     fate = {record['line']: record['rule'] for record in curated.ledger.records if record['outcome'] == 'dropped'}
@@ -32,7 +32,7 @@ def scored(fate, key, originals):
     for line, kind in key.items():
         if kind == 'pii': continue
         planted_[kind] += 1
-        rules = [fate.get(line, '')] + [fate.get(originals[line], '')] * (line in originals)
+        rules = [fate.get(line, ''), fate.get(originals.get(line), '')]
         found[kind] += any(rule.startswith('dup' if kind.startswith('dup') else kind) for rule in rules)
     for line, rule in fate.items():
         family = rule.split('.')[0] if rule.split('.')[0] in ('format', 'dup') else rule

@@ -75,6 +75,8 @@ def test_each_drop_names_its_reason(tmp_path):
     rows = corpus(seed=9, texts=200, forms=2, fillings=40)
     paths = in_parts(rows, tmp_path, 3, 'jsonl')
     _, near, _ = on_one_machine(rows)
+    (tmp_path / 'out/work/signed').mkdir(parents=True)     # what a killed run may leave
+    pq.write_table(pa.table({'place': pa.array([0], pa.uint64())}), tmp_path / 'out/work/signed/old.parquet')
     told = dedup_parts(paths, tmp_path / 'out')
     dropped = pq.read_table(tmp_path / 'out' / 'dropped.parquet').to_pylist()
     row_at = lambda part, line: json.loads(paths[part].read_text().splitlines()[line - 1])

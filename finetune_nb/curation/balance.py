@@ -37,7 +37,7 @@ def _filled(counts: Mapping[Any, int], balanced) -> dict:
     return next(({name: level - n for name, n in counts.items() if n < level} for level in sorted({*counts.values(), *range(min(counts.values()), max(counts.values()), max(1, max(counts.values()) // 200))})
                  if balanced([max(n, level) for n in counts.values()])), {})
 
-# %% ../../nbs/1_curation/balance.ipynb #3d4693df
+# %% ../../nbs/1_curation/balance.ipynb #8262eb07
 _AXES = {'categories': ('min_evenness', 'name a column in data.category'), 'topics': ('min_topic_evenness', 'name a topic column in data.topic, or let the rows be clustered'),
          'difficulty': ('min_difficulty_evenness', 'name a column in data.difficulty, or let it be measured')}
 
@@ -56,7 +56,7 @@ def _axis_gate(what: str, labels: Mapping[str, Any], names: Sequence[Any], rows:
     tilted = verdict == 'FAIL' and value >= least
     excess = [row for row in sorted(rows, key=lambda row: row['id']) if labels.get(row['id']) == top][:5] if verdict == 'FAIL' else []
     need = _filled(counts, balanced) if verdict == 'FAIL' else {}
-    flip = 'collect ' + ', '.join(f'{k:,} {name}' for name, k in sorted(need.items(), key=lambda item: -item[1])[:4]) + (f' and {len(need) - 4} kinds more' if len(need) > 4 else '') if need else ''
+    flip = 'collect ' + ', '.join(f'{k:,} {name}' for name, k in sorted(need.items(), key=lambda item: -item[1])[:4]) + (f' and some of {len(need) - 4} more' if len(need) > 4 else '') if need else ''
     middle = sorted(sizes)[(len(sizes) - 1) // 2]
     cap = f', or set gates.Q5.cap to {int(ratio * middle)} to drop the excess' if ratio and verdict == 'FAIL' and middle and balanced([min(s, int(ratio * middle)) for s in sizes]) else ''
     return Gate('Q5', f'balance of {what}', verdict, lean if tilted else value, ratio if tilted else least, None if tilted else interval, n, len(rows), tuple(row['id'] for row in excess), f'collect rows of the others{cap}' if verdict == 'FAIL' else '',

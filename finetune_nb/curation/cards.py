@@ -53,12 +53,13 @@ def bar(gate: Gate) -> str:
              f'<circle cx="{v:.1f}" cy="12" r="4.5" stroke="{BLUE if good else ORANGE}" stroke-width="2.4" fill="{BLUE if good else "white"}"/></svg>')
     return f'<img alt="{escape(_said(gate), quote=True)}" width="150" height="24" src="data:image/svg+xml;base64,{base64.b64encode(drawn.encode()).decode()}">'
 
-# %% ../../nbs/1_curation/cards.ipynb #d6a070f4
+# %% ../../nbs/1_curation/cards.ipynb #a328bdba
 def _evidence(gate: Gate) -> Shown | None:
     "Rows to look at first, the words at fault marked; None where there are none."
     if not gate.spans: return None
     place = lambda s: f'{s["file"]}:{s["line"]}' if s.get('file') else s['id']
-    body = ''.join(f'<tr><td><code>{escape(place(s))}</code></td><td><mark>{escape(s["span"]) or "…"}</mark></td><td>{escape(s["why"])}</td></tr>' for s in gate.spans)
+    words = lambda s: f'<mark>{escape(s["span"])}</mark>' if s['span'] and gate.gate in ('Q1', 'Q2', 'Q3') else escape(s['span'])     # elsewhere rows are examples, and no word is at fault
+    body = ''.join(f'<tr><td><code>{escape(place(s))}</code></td><td>{words(s)}</td><td>{escape(s["why"])}</td></tr>' for s in gate.spans)
     title = f'{gate.check}: rows to look at first' if gate.verdict != 'PASS' else f'{gate.check}: examples'
     html = f'<div class="scroll"><table><caption>{escape(title)}</caption><thead><tr><th scope="col">row</th><th scope="col">words</th><th scope="col">why</th></tr></thead><tbody>{body}</tbody></table></div>'
     return Shown(html, '\n'.join(f'  - `{place(s)}` **{s["span"]}** {s["why"]}' for s in gate.spans))

@@ -71,12 +71,12 @@ def _strong(value: str) -> bool:
     kinds = [any(map(test, value)) for test in (str.islower, str.isupper, str.isdigit, lambda c: not c.isalnum())]
     return sum(kinds) >= 3 and kinds[2] and len(set(value)) >= 7 and '.' not in value[1:-1]
 
-# %% ../../nbs/1_curation/credentials.ipynb #8cda9d22
+# %% ../../nbs/1_curation/credentials.ipynb #3772c77b
 def _opens(kind: str, rule: Kind, value: str) -> bool:
     "Whether a find may open something."
     if len(set(value)) < (7 if 'password' in kind else 8) or (kind != 'private key' and _sample.search(value[:200])): return False
     if kind == 'short password': return _strong(value.rstrip('.!?')) and not value.startswith(('$', '%', '{', 'os.', 'http'))
-    if kind == 'url password': return any(c.isdigit() for c in value) and any(c.isalpha() for c in value)
+    if kind == 'url password': return any(map(str.isalpha, value)) and (any(map(str.isdigit, value)) or value not in (value.lower(), value.upper(), value.capitalize()))
     return not rule.random or _random(value)
 
 _whole = ('private key', 'putty key', 'aws secret', 'short password')   # what runs over blanks, or is short

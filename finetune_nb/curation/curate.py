@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['curate']
 
-# %% ../../nbs/1_curation/curate.ipynb #8b36045b
+# %% ../../nbs/1_curation/curate.ipynb #d4889a61
 import json
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -28,7 +28,7 @@ from .proof import prove
 from .quality import Learned, learn
 from .split import Split, attach, split_rows
 from .steps import (capped_rows, clean_rows, distinct_rows, fitting_rows, judged_rows, made_rows, numbered, read_rows, sound_rows,
-                                        unique_rows, unleaked_rows)
+                                        unique_rows, unleaked_rows, whole_rows)
 from .topics import Topics, topics_of
 
 # %% ../../nbs/1_curation/curate.ipynb #424accaf
@@ -42,14 +42,14 @@ def _gathered(desk: Desk, run: Run, told: dict) -> tuple[list[Row], Learned]:
     made, told['generated'] = made_rows(desk, rows, recipe.generate, usual, data.clean, recipe.folder, run.path('cache'), run.seed('generate'))
     return rows + made, usual
 
-# %% ../../nbs/1_curation/curate.ipynb #9e8b8fa5
-def _thinned(desk: Desk, run: Run, rows: list[Row], cap: float | None, told: dict) -> tuple[list[Row], Prints, list[tuple]]:
+# %% ../../nbs/1_curation/curate.ipynb #60a5139c
+def _thinned(desk: Desk, run: Run, rows: list[Row], usual: Learned, cap: float | None, told: dict) -> tuple[list[Row], Prints, list[tuple]]:
     "Rows without copies, benchmark items and rows that do not fit; their fingerprints; the pairs of copies."
     recipe, how = run.recipe, run.recipe.data.near_duplicates
     tell('looking for duplicates')
     rows, near, prints, compared = unique_rows(desk, rows, how)
     told['near'] = prove(compared, near, run.seed('proof'), boilerplate=how.boilerplate, prints=prints).to_dict()
-    rows, told['semantic'] = distinct_rows(desk, rows, how, recipe.folder)
+    rows, told['semantic'] = distinct_rows(desk, whole_rows(desk, rows, usual), how, recipe.folder)
     rows, leaks = unleaked_rows(desk, rows, recipe.data.benchmarks, recipe.folder)
     told['leaks'] = {'benchmarks': recipe.data.benchmarks, 'rows': [leak.to_dict() for leak in leaks]}
     tell('counting tokens')
@@ -66,7 +66,7 @@ def _dealt(desk: Desk, run: Run, rows: list[Row], prints: Prints, pairs: list[tu
     told['split'] = {'groups': split.groups, 'straddles': split.straddles, 'unmet': split.unmet, 'against': split.against, 'mended': split.mended}
     return split
 
-# %% ../../nbs/1_curation/curate.ipynb #9b67de6a
+# %% ../../nbs/1_curation/curate.ipynb #9feb1710
 def _varied(desk: Desk, run: Run, split: Split, coverage: Coverage, usual: Learned, told: dict) -> Split:
     "The split with variants of training rows, where the recipe asks for them."
     recipe, client = run.recipe, None
@@ -76,7 +76,8 @@ def _varied(desk: Desk, run: Run, split: Split, coverage: Coverage, usual: Learn
     found = augment(split.train, coverage, recipe.augment, run.seed('augment'), usual, client)
     made = numbered(found.rows, 'augmented')
     for row in made: desk.ledger.made(row, 'made.augmented')
-    made, _ = fitting_rows(desk, sound_rows(desk, clean_rows(desk, made, recipe.data.clean), usual), recipe)
+    made = whole_rows(desk, sound_rows(desk, clean_rows(desk, made, recipe.data.clean.model_copy(update={'html': 'keep'})), usual), usual)   # a variant may be wrapped in HTML on purpose
+    made, _ = fitting_rows(desk, made, recipe)
     split, turned = attach(split, made, recipe.data.near_duplicates.threshold, recipe.data.splits.group)
     for one in turned: desk.reject(one.row, 'leak.split', None, 'messages', one.why, value=one.value, partner=one.partner)
     told['augmented'] = {**found.to_dict(), 'entered': len(made) - len(turned)}
@@ -97,8 +98,10 @@ def _surveyed(run: Run, rows: list[Row], before: tuple[Topics, Difficulty] | Non
     else: topics, difficulty = topics_of(rows, run.recipe.data.topic, run.seed('topics')), difficulty_of(rows, run.recipe.data.difficulty)
     return topics, difficulty, cover(rows, topics, difficulty)
 
-# %% ../../nbs/1_curation/curate.ipynb #d5f492c2
+# %% ../../nbs/1_curation/curate.ipynb #4967e6e2
 _ACTS = ('format', 'clean', 'quality.clarity', 'quality.response', 'dup', 'leak.benchmark', 'length', 'balance', 'leak.split')
+
+_NO_FAULT = ('format.feedback', 'format.rehearsal')   # records that are no rows, and were never meant to be
 
 def _act(rule: str) -> int:
     "When a rule acts."
@@ -128,13 +131,13 @@ def _score_key(desk: Desk, run: Run, gates: list[Gate]) -> dict | None:
     failed = {gate.gate for gate in gates if 'FAIL' in (gate.verdict, (gate.waived or {}).get('was'))}
     return score_against_key(desk.ledger.records, read_jsonl(run.recipe.folder / run.recipe.data.answer_key), desk.masked, failed)
 
-# %% ../../nbs/1_curation/curate.ipynb #af7fb1e3
+# %% ../../nbs/1_curation/curate.ipynb #529e24a7
 def curate(run: Run) -> Curated:
     "Read, clean, score, deduplicate, judge, split, vary and measure the recipe's rows; raises BadInput and BrokenLedger."
     recipe, desk, told = run.recipe, Desk(), {}
     thresholds = check_thresholds(recipe.gates)
     rows, usual = _gathered(desk, run, told)
-    rows, prints, pairs = _thinned(desk, run, rows, thresholds['Q5']['cap'], told)
+    rows, prints, pairs = _thinned(desk, run, rows, usual, thresholds['Q5']['cap'], told)
     tell('judging')
     rows, judgement = judged_rows(desk, rows, recipe.judge, recipe, run.path('cache'), run.seed('judge'))
     told['judge'] = judgement and judgement.to_dict()
@@ -148,7 +151,7 @@ def curate(run: Run) -> Curated:
     topics, difficulty, coverage = _surveyed(run, kept, tuple(labels)) if len(kept) > len(rows) else (*labels, coverage)
     told |= _counts(desk) | {'learned': {'keys': {str(c): list(keys) for c, keys in usual.keys.items()}, 'copied': usual.copied}}
     told['split'] |= {name: len(part) for name, part in split.parts.items()}
-    broken = [record for record in desk.quarantine if record['rule'].startswith('format.')]
+    broken = [record for record in desk.quarantine if record['rule'].startswith('format.') and record['rule'] not in _NO_FAULT]
     gates = judge_gates(kept, told['rows_in'], broken, usual, coverage, recipe.train.approach, recipe.gates, recipe.waivers, topics=topics, difficulty=difficulty,
                         judgement=judgement, answers=recipe.data.answers, folder=recipe.folder, quarantine=desk.quarantine)
     told['answer_key'] = _score_key(desk, run, gates)

@@ -6,7 +6,7 @@
 __all__ = ['rank', 'exact_duplicates', 'Found', 'search', 'Similar', 'similar_pairs', 'duplicate_texts', 'Near',
            'near_duplicates', 'cross_pairs']
 
-# %% ../../nbs/1_curation/dedup.ipynb #e2f539d3
+# %% ../../nbs/1_curation/dedup.ipynb #b2711627
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from ..core.similarity import jaccard, row_text, shingles
 from .boilerplate import excused
 from .buckets import candidates
 from .kernels import compiled, fast, settle
-from .minhash import bands_for, fingerprint, proposal_chance, shingle_hash, signatures
-from .prints import Prints, fingerprints, overlaps, row_key
+from .minhash import bands_for, fingerprint
+from .prints import Prints, fingerprints, overlaps
 
 # %% ../../nbs/1_curation/dedup.ipynb #0ac2dacd
 def rank(row: Row) -> tuple:

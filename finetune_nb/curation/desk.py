@@ -21,7 +21,7 @@ def place_of(row: Row) -> str:
     "Where a row came from, as `file:line`."
     return f'{row["origin"]["file"]}:{row["origin"]["line"]}'
 
-# %% ../../nbs/1_curation/desk.ipynb #9e3e0d5e
+# %% ../../nbs/1_curation/desk.ipynb #95dbd8bf
 @dataclass
 class Desk:
     "The books that are kept while curation works."
@@ -47,7 +47,7 @@ class Desk:
 
     def broken(self, record: Record, problem: Problem) -> None:
         "Enter and drop a record that never became a row."
-        row = make_row([], source=record.source, inflow=record.inflow, file=record.file, line=record.line)
+        row = {**make_row([], source=record.source, inflow=record.inflow), 'origin': record.origin}
         self.ledger.enter(row)
         self.reject(row, problem.rule, record.raw or '', problem.field, problem.wrong, problem.expected, problem.mend)
 

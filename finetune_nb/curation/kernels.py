@@ -104,28 +104,27 @@ def combine_words(flat: np.ndarray, first: np.ndarray,   # hashes of all words, 
             for k in range(words): h = np.uint32(np.uint32(h * m) + flat[at + k])
             out[r] = h
 
-# %% ../../nbs/1_curation/kernels.ipynb #78845947
-def sign_runs(mixed: np.ndarray,                 # uint32 hashes of runs, mixed
+# %% ../../nbs/1_curation/kernels.ipynb #a22c1506
+def sign_runs(runs: np.ndarray,                  # uint32 hashes of runs
               starts: np.ndarray,                # where each text's runs begin, and the end
               a: np.ndarray, b: np.ndarray,      # the permutations h → a·h + b
               out: np.ndarray,                   # uint32 (texts, permutations)
              ) -> None:
     "MinHash signatures."
-    low = np.empty(len(a), np.uint32)
+    low, four = np.empty(len(a), np.uint32), np.empty(4, np.uint32)
     for i in range(len(starts) - 1):
         low[:] = np.uint32(0xFFFFFFFF)
-        r, stop = starts[i], starts[i + 1]
-        while r + 4 <= stop:
-            h0, h1, h2, h3 = mixed[r], mixed[r + 1], mixed[r + 2], mixed[r + 3]
+        for r in range(starts[i], starts[i + 1], 4):
+            for k in range(4):   # the last one again where fewer are left
+                h = runs[min(r + k, starts[i + 1] - 1)]
+                h = np.uint32((h ^ h >> np.uint32(16)) * np.uint32(0x85EBCA6B))
+                h = np.uint32((h ^ h >> np.uint32(13)) * np.uint32(0xC2B2AE35))
+                four[k] = h ^ h >> np.uint32(16)
+            h0, h1, h2, h3 = four[0], four[1], four[2], four[3]
             for k in range(len(a)):
                 left = min(np.uint32(a[k] * h0 + b[k]), np.uint32(a[k] * h1 + b[k]))
                 right = min(np.uint32(a[k] * h2 + b[k]), np.uint32(a[k] * h3 + b[k]))
                 low[k] = min(low[k], min(left, right))
-            r += 4
-        while r < stop:
-            h0 = mixed[r]
-            for k in range(len(a)): low[k] = min(low[k], np.uint32(a[k] * h0 + b[k]))
-            r += 1
         out[i] = low
 
 # %% ../../nbs/1_curation/kernels.ipynb #04dd2d28

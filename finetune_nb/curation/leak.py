@@ -19,7 +19,7 @@ from ..core.show import Shown, table
 from .benchmarks import Item
 from .clean import redact
 
-# %% ../../nbs/1_curation/leak.ipynb #b73b6b68
+# %% ../../nbs/1_curation/leak.ipynb #54395e58
 _SIGNS = '\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af'
 _WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+(?:(?:['’‑-]|(?<=\d)[.,/](?=\d))[^\W_{_SIGNS}]+)*")
 _SIGN = re.compile(f'[{_SIGNS}]')
@@ -30,7 +30,7 @@ who whom whose why will with within without would yes you your'''.split())
 
 def words_of(text: str) -> list[str]:
     "The words of a text as they are compared."
-    return [word.lower() if word.isalnum() else re.sub(r'\W', '', word.lower()) for word in _WORD.findall(text)]
+    return [word if word.isalnum() else re.sub(r'\W', '', word) for word in _WORD.findall(text.lower())]
 
 # %% ../../nbs/1_curation/leak.ipynb #2cf2c9ba
 RUN, SHORT, LONG_ANSWER = 4, (4, 7), 8     # words of a run; least and most words of a prompt that must stand in a row whole; least words of an answer
@@ -130,7 +130,7 @@ def _longest(item: np.ndarray, row: np.ndarray) -> tuple[int, int]:
     best = int(np.argmax(np.diff(edges)))
     return int(j[edges[best]]), int(edges[best + 1] - edges[best]) + RUN - 1
 
-# %% ../../nbs/1_curation/leak.ipynb #28109b18
+# %% ../../nbs/1_curation/leak.ipynb #1aaea8c9
 def _covered(item: np.ndarray, row: np.ndarray, index: _Index, idle: np.ndarray) -> tuple[np.ndarray, int]:
     "(numbers of the item's own words in common runs, own words): words inside at least one run that is no boilerplate."
     hashes = _hashes(item, RUN)
@@ -146,7 +146,8 @@ def _row_text(row: Row) -> str:
 
 def _cut_out(text: str, place: int, words: int, most: int = 300) -> str:
     "The words of a text from a place on, as they are written."
-    places = [m.span() for m in _WORD.finditer(text)]
+    text = text if len(text.lower()) == len(text) else text.lower()     # a few letters grow when they are made small
+    places = [m.span() for m in _WORD.finditer(text.lower())]
     return redact(text[places[place][0]:places[min(place + words, len(places)) - 1][1]])[:most]
 
 # %% ../../nbs/1_curation/leak.ipynb #945f1c8a
@@ -171,11 +172,11 @@ class _Search:
         idle[index.find(hashes[keep][self.weighs[ids[keep]].sum(1) < CONTENT])] = True
         return index, idle
 
-# %% ../../nbs/1_curation/leak.ipynb #37884e9f
+# %% ../../nbs/1_curation/leak.ipynb #e99ab508
 def _short(search: _Search) -> Iterator[tuple[float, int, int, int, int]]:
     "(share, words, row, item, place) of rows in which a short item stands whole."
     sizes = np.diff(search.asked.first)
-    for n in range(SHORT[0], SHORT[1] + 1):
+    for n in sorted({n for n in sizes.tolist() if n <= SHORT[1]}):
         index, idle = search.index(n, sizes == n)
         for item, row, _ in zip(*_pairs_of(index, search.said, n, idle)):
             words, said = (texts.ids[texts.first[k]:texts.first[k + 1]] for texts, k in ((search.asked, item), (search.said, row)))

@@ -135,17 +135,15 @@ def _mix(h: np.ndarray) -> np.ndarray:
     h ^= h >> np.uint32(16)
     return h
 
-# %% ../../nbs/1_curation/minhash.ipynb #94caeb15
-def sign(runs: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    "MinHash signatures, uint32 (texts, 128), of texts given by the hashes of their runs."
-    mixed, (a, b) = _mix(runs), _permutations()
-    out = np.empty((len(starts) - 1, PERMUTATIONS), np.uint32)
-    if fast(): compiled(sign_runs)(mixed, starts, a, b, out)
-    else:
-        for k in range(PERMUTATIONS): out[:, k] = np.minimum.reduceat(mixed * a[k] + b[k], starts[:-1])
-    return out
+# %% ../../nbs/1_curation/minhash.ipynb #85cbd041
+def sign(runs: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+    "Write the MinHash signatures, uint32 (texts, 128), of texts given by the hashes of their runs."
+    a, b = _permutations()
+    if fast(): return compiled(sign_runs)(runs, starts, a, b, out)
+    mixed = _mix(runs)
+    for k in range(PERMUTATIONS): out[:, k] = np.minimum.reduceat(mixed * a[k] + b[k], starts[:-1])
 
-# %% ../../nbs/1_curation/minhash.ipynb #2b0bc14f
+# %% ../../nbs/1_curation/minhash.ipynb #4c048f8f
 def fingerprint(texts: list[str],      # what to compare
                 batch: int = 512,      # texts at a time
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:   # signatures (texts, 128), run hashes, where each text's runs begin and the end
@@ -153,7 +151,7 @@ def fingerprint(texts: list[str],      # what to compare
     signed, parts, counts = np.empty((len(texts), PERMUTATIONS), np.uint32), [], []
     for low in range(0, len(texts), batch):
         runs, starts = run_hashes(*word_hashes(texts[low:low + batch]))
-        signed[low:low + batch] = sign(runs, starts)
+        sign(runs, starts, signed[low:low + batch])
         parts.append(runs)
         counts.append(np.diff(starts))
     return signed, np.concatenate([np.empty(0, np.uint32), *parts]), np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *counts]))])

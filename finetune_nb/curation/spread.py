@@ -24,7 +24,7 @@ from .minhash import bands_for
 from .pieces import (COUNT, EDGE, EDIT, FILLING, NEITHER, PAIR, SIGNED, Bar, bucket_pairs, counted, lists, locally_frequent, part_records,
                                          second_keys, settle_stream, sign_part, star_pairs, verify, write_kept)
 
-# %% ../../nbs/1_curation/spread.ipynb #a00a2890
+# %% ../../nbs/1_curation/spread.ipynb #d7e0ebb5
 class _Engine:
     "The few words of Daft that the plan is written in."
     def __init__(self, work: Path):
@@ -40,7 +40,7 @@ class _Engine:
 
     def kept(self, name: str, frame):
         "The frame, computed and written, as one that is read."
-        frame.write_parquet(str(self.work / name), compression='zstd')
+        frame.write_parquet(str(self.work / name), compression='zstd', write_mode='overwrite')     # a killed run may have left some
         return self.daft.read_parquet(f'{self.work / name}/*.parquet')
 
     def mapped(self, frame, function: Callable, columns: list[str], item: pa.DataType, batch: int | None = None, beside: list[str] = ()):

@@ -12,7 +12,7 @@ from ..core.files import BadInput, located, write_atomic, write_jsonl
 from .families import FAMILIES
 from .letters import family_letters
 
-# %% ../../nbs/demo/recipe.ipynb #16fdb1bd
+# %% ../../nbs/demo/recipe.ipynb #e977cd8a
 DEMO_RECIPE = '''\
 # The demo: support mail becomes strict JSON. Data, faults and answer key are generated; see data.answer_key.
 name: demo
@@ -25,25 +25,27 @@ data:
     - {path: raw/logs.jsonl, inflow: logs}             # OpenAI chat
     - {path: raw/synthetic.json, inflow: synthetic}    # ShareGPT
   category: category                               # the issue; gates, splits and tables are per category
+  topic: family                                    # what is written about: a product and a way of writing
   near_duplicates: {threshold: 0.8}                # Jaccard index of word 5-grams
   splits: {validation: 0.1, test: 0.3, group: family}   # two families a category; products and phrasings of the test are never trained on
   answer_key: answer_key.jsonl                     # the planted faults, to score curation itself
 
-judge: {model: none}
+augment: {rows: 24, families: [unusual format, boundary]}   # variants of training mails; hostile mail stays a hole, to show one
+judge: {model: likelihood, sample: 40, exam_rows: 12}       # the base model's own likelihood; a small exam, to keep the demo short
 
-waivers:                                           # the planted faults, and what needs a judge
+waivers:                                           # the planted faults, and what needs people
   - gate: Q1
     who: finetune_nb demo
     why: One raw row in twenty is broken on purpose, to show what curation finds; these rows are dropped.
   - gate: Q3
     who: finetune_nb demo
-    why: No judge reads the answers, to keep the demo short; they are generated from the facts they state.
+    why: A likelihood says how well an answer fits its mail and not whether it is true; the mails are generated from the facts that the answers state.
   - gate: Q4
     who: finetune_nb demo
     why: Hostile mail is left out on purpose, to show how a missing edge case is reported.
   - gate: Q5
     who: finetune_nb demo
-    why: Late deliveries are over-full on purpose, to show how an imbalance is reported; topics and difficulty have no labels.
+    why: Late deliveries are over-full on purpose, to show how an imbalance is reported.
 
 base_models: [starter]
 requirements: {licence: commercial, memory_gb: 16, minutes: 10}
@@ -53,7 +55,7 @@ deploy: {serve: false}
 monitor: {}
 '''
 
-# %% ../../nbs/demo/recipe.ipynb #e5894e5d
+# %% ../../nbs/demo/recipe.ipynb #a2771da2
 INIT_RECIPE = '''\
 # What to learn, from what, and how to tell whether it worked. Run it: finetune-nb run recipe.yaml
 # A key that is misspelt is an error; a key that is left out has a default, written out in the run's own copy.
@@ -70,7 +72,8 @@ data:
   near_duplicates: {threshold: 0.8}                  # lower drops more
   splits: {validation: 0.1, test: 0.15, group: family}   # group: column whose values stay together; delete it where you have none
 
-judge: {model: none}                                 # who rates clarity and quality; none: those checks are NOT MEASURED
+augment: {rows: 0}                                   # variants of training rows for edge cases that are missing; 0: holes are listed, not filled
+judge: {model: none}                                 # who rates clarity and quality: likelihood (the base model, offline), a folder, {url, model, key_env}; none: NOT MEASURED
 
 # A gate that is not passed stops the run before training (exit code 3). A waiver lets it go on, and is shown in the
 # report and in the model card for good. First ask whether the data can be mended; waive by name and with a reason.
@@ -79,7 +82,7 @@ waivers:
   - {gate: Q2, who: "Your Name", why: "Example data: no production prompts to compare with yet."}
   - {gate: Q3, who: "Your Name", why: "Example data: nobody has judged the answers yet."}
   - {gate: Q4, who: "Your Name", why: "Example data: edge cases are still to be collected."}
-  - {gate: Q5, who: "Your Name", why: "Example data: topics and difficulty have no labels yet."}
+  - {gate: Q5, who: "Your Name", why: "Example data: three topics, and all of it easy."}
   - {gate: Q6, who: "Your Name", why: "Example data: 45 rows, enough to try the pipeline and no more."}
 
 base_models: [starter]                               # starter: 135M, runs anywhere; else a local folder or a hub id; several: the best is chosen
