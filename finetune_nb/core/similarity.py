@@ -10,13 +10,13 @@ from collections.abc import Set
 
 from .rows import Row, answer, prompt_text
 
-# %% ../../nbs/core/similarity.ipynb #1834f1f7
+# %% ../../nbs/core/similarity.ipynb #7183ad64
 def shingles(text: str,              # any text
              n: int = 5,             # words in a run
             ) -> frozenset[str]:     # every run of `n` words
     "The overlapping word runs of a text, lower-cased."
     words = text.lower().split()
-    return frozenset(' '.join(words[i:i + n]) for i in range(max(1, len(words) - n + 1)))
+    return frozenset(map(' '.join, zip(*(words[i:] for i in range(n))))) if len(words) >= n else frozenset([' '.join(words)])
 
 # %% ../../nbs/core/similarity.ipynb #98d90c0e
 def jaccard(a: Set, b: Set) -> float:

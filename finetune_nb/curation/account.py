@@ -58,7 +58,7 @@ def split_table(sets) -> Shown:   # anything with train, validation and test
     total = {'category': 'all', **{name: sum(n.values()) for name, n in counts.items()}}
     return table([*lines, total], caption='Rows by category and set')
 
-# %% ../../nbs/1_curation/account.ipynb #9e7eee35
+# %% ../../nbs/1_curation/account.ipynb #88910165
 def fault_table(quarantine: list[dict],   # records of data/quarantine.jsonl
                 each: int = 2,            # rows shown of each rule
                ) -> Shown:
@@ -66,7 +66,7 @@ def fault_table(quarantine: list[dict],   # records of data/quarantine.jsonl
     seen, first = Counter(), []
     for q in quarantine:
         seen[q['rule']] += 1
-        if seen[q['rule']] <= each: first.append({'where': f'{q["file"]}:{q["line"]}', 'rule': q['rule'], 'field': q['field'], 'what is wrong': q['wrong'], 'how to mend it': q['mend'] or q['expected'], 'row': q['raw'][:160]})
+        if seen[q['rule']] <= each: first.append({'where': f'{q["file"]}:{q["line"]}', 'rule': q['rule'], 'what is wrong': '; '.join(filter(None, [': '.join(filter(None, [q['field'], q['wrong']])), q['mend'] or q['expected']])), 'row': q['raw'][:120]})
     return table(first, caption=f'{len(first)} of {len(quarantine):,} rows in quarantine')
 
 # %% ../../nbs/1_curation/account.ipynb #f689bcfc

@@ -181,7 +181,7 @@ def _agreement(judge: Judge, rows: Sequence[Row], labels: Labels | None, criteri
     said = [(known[one.id], s.value) for one, s in zip(items, judge.score(items, criterion)) if s.value is not None]
     return weighted_kappa([a for a, _ in said], [b for _, b in said], seed)
 
-# %% ../../nbs/1_curation/exam.ipynb #3da6444d
+# %% ../../nbs/1_curation/exam.ipynb #ac49240a
 def take_exam(judge: Judge,
               rows: Sequence[Row],             # the user's own
               seed: int = 0,
@@ -199,6 +199,9 @@ def take_exam(judge: Judge,
         lost = sum(one.value is None for one in given)
         failures, asked = failures + lost, asked + len(given)
         parts += [Part(criterion, name, auc(*_pairs(answers, '', name)), name in judge.claims) for name in CORRUPTIONS[criterion]]
+        if bare := judge.alone():
+            found = auc(*_pairs(_sit(bare, items, criterion, seed), '', ATTACK_ON[criterion]))
+            parts.append(Part(criterion, f'{ATTACK_ON[criterion]}, without the rules', found, True))
         bad, worse = _pairs(answers, ATTACK_ON[criterion], 'injected')
         lift[criterion] = mean_interval([b - a for a, b in zip(bad, worse)], seed=seed)
         slope[criterion] = _length_slope(items, answers[''], criterion, seed)

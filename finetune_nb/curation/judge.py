@@ -43,7 +43,7 @@ def _check_name(model: str | dict, folder: Path) -> None:
     if close := get_close_matches(model.lower(), ['likelihood', 'starter', 'none'], 1, 0.75):
         raise BadInput(f'judge.model: {model!r}: no such model; did you mean {close[0]!r}? For a folder of that name write ./{model}')
 
-# %% ../../nbs/1_curation/judge.ipynb #52ceee58
+# %% ../../nbs/1_curation/judge.ipynb #b1ba0bd2
 def open_judge(judge: sections.Judge,             # the recipe's section
                folder: str | Path,                # what relative names are relative to
                base_models: Sequence[str],        # the first one is the likelihood's
@@ -56,7 +56,7 @@ def open_judge(judge: sections.Judge,             # the recipe's section
     if judge.model == 'none': return Human(labels) if (labels := labels_for(judge, folder, rows)) else None
     if judge.model == 'likelihood':
         if not base_models: raise BadInput('judge.model: likelihood asks the first base model, and base_models is empty; name one')
-        return likelihood_judge(base_models[0], folder, rows, kept, seed)
+        return likelihood_judge(base_models[0], folder, rows, kept, seed, judge.exam_rows)
     _check_name(judge.model, Path(folder))
     from finetune_nb.model.client import open_client
     return Chat(open_client(judge.model, Path(folder), Path(cache) / 'replies.jsonl' if cache else None, judge.concurrency), kept)

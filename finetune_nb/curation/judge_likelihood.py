@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Curve', 'fit_curve', 'Measured', 'Likelihood', 'calibrate', 'likelihood_judge']
 
-# %% ../../nbs/1_curation/judge_likelihood.ipynb #378a7874
+# %% ../../nbs/1_curation/judge_likelihood.ipynb #c09afe8a
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def fit_curve(whole: Sequence[float],    # the measure on rows as they are
     slope, shift = map(float, minimize(loss, [1.0, 0.0], jac=True, method='L-BFGS-B', bounds=[(0, 100), (-100, 100)]).x)
     return Curve(slope / scale, centre - shift * scale / slope) if slope > 1e-6 else Curve(0.0, centre)
 
-# %% ../../nbs/1_curation/judge_likelihood.ipynb #8e710dec
+# %% ../../nbs/1_curation/judge_likelihood.ipynb #e12d5dc1
 class Measured(NamedTuple):
     "What the model says of one answer."
     gain: float          # nats per token
@@ -57,7 +58,7 @@ class Measured(NamedTuple):
 
 class Likelihood(Judge):
     "Information gain, the likelihood of the end, and rules."
-    criteria, version = ('response',), 'gain and end 1'
+    criteria, version, rules = ('response',), 'gain and end 1', True
     claims = ('mismatched', 'shuffled', 'truncated', 'padded', 'refused', 'injected')
 
     def __init__(self, name: str, open_model: Callable[[], Any], usual: Learned | None = None, kept: Kept | None = None, max_tokens: int = 1024):
@@ -70,6 +71,12 @@ class Likelihood(Judge):
         if not self.curves: raise RuntimeError('calibrate() comes first')
         if criterion != 'response': return [failed(criterion, f'{criterion} is NOT MEASURED by likelihood', 'likelihood', self.name) for _ in items]
         return [_judged(self, one, found) for one, found in zip(items, _measure(self, items))]
+
+    def alone(self) -> 'Likelihood':
+        "The same judge without the rules of response quality."
+        bare = copy(self)
+        bare.rules = False
+        return bare
 
     def _shown(self) -> Shown:
         return facts({'judge': self.name, **{f'{name}: half-way at': curve.middle for name, curve in self.curves.items()}}, 'Likelihood as a judge')
@@ -100,12 +107,12 @@ def _measure(judge: Likelihood, items: Sequence[Item]) -> list[Measured | None]:
         if tokens: out[i] = Measured((alone[0] - nats) / tokens, None if end is None else -end)
     return out
 
-# %% ../../nbs/1_curation/judge_likelihood.ipynb #b5b100a2
+# %% ../../nbs/1_curation/judge_likelihood.ipynb #a7be4536
 def _judged(judge: Likelihood, item: Item, found: Measured | None) -> Judged:
     "The weakest of what is known about an item."
     row = make_row([{'role': 'user', 'content': item.prompt}, {'role': 'assistant', 'content': item.response}], category=item.category)
     rule = response(row, judge.usual)
-    said = [(rule.value, rule.reason)]
+    said = [(rule.value, rule.reason)] if judge.rules else [(1.0, '')]
     if found is None and rule.value == 1: return failed('response', 'no prompt or no answer to measure', 'likelihood', judge.name)
     if found:
         said.append((judge.curves['gain'](found.gain), f'the prompt adds {found.gain:.2f} nats a token; mismatched answers of these rows look like that'))
@@ -130,15 +137,16 @@ def calibrate(judge: Likelihood,
         judge.curves[name] = fit_curve(one, other) if min(len(one), len(other)) >= least else Curve(0.0, 0.0)
     return judge
 
-# %% ../../nbs/1_curation/judge_likelihood.ipynb #ba8c5d03
+# %% ../../nbs/1_curation/judge_likelihood.ipynb #fd1b1a6f
 def likelihood_judge(base: str,                   # first of `base_models`
                      folder: str | Path,          # what a relative name is relative to
                      rows: Sequence[Row],         # to learn and calibrate from
                      kept: Kept | None = None,    # what was measured before
                      seed: int = 0,
+                     n: int = 40,                 # rows to calibrate on
                     ) -> Likelihood:
     "The offline judge, calibrated on the user's rows; raises BadInput when the model cannot be had."
     from finetune_nb.model.loading import load_model, resolve
     ref = resolve(base, folder)
     weights = digest([sha256_file(path) for path in sorted(ref.path.glob('*.safetensors'))])[:8]
-    return calibrate(Likelihood(f'likelihood of {base} {weights}', lambda: load_model(ref), kept=kept), rows, seed)
+    return calibrate(Likelihood(f'likelihood of {base} {weights}', lambda: load_model(ref), kept=kept), rows, seed, n)

@@ -69,7 +69,7 @@ def failed(criterion: str, why_not: str, mode: str = '', judge: str = '') -> Jud
     "A judgement that did not come about."
     return Judged(criterion, None, None, mode, False, why_not, judge)
 
-# %% ../../nbs/1_curation/judging.ipynb #6ae2ddb5
+# %% ../../nbs/1_curation/judging.ipynb #c5515aaf
 class Judge:
     "Whoever scores items; subclasses give `name`, `criteria`, `claims` and `score`."
     name: str = ''
@@ -85,6 +85,10 @@ class Judge:
               criterion: str,                         # one of `criteria`
              ) -> list[Judged]:                       # one an item, in order; never raises for one item
         raise NotImplementedError
+
+    def alone(self) -> 'Judge | None':
+        "The same judge without the rules that help it, where it has such help."
+        return None
 
 # %% ../../nbs/1_curation/judging.ipynb #e43c1a00
 class Kept:

@@ -256,10 +256,12 @@ def missed_table(told: dict) -> Shown:   # a proof's dictionary
                   'duplicates still among all rows (95 %)': _reach(m['estimate'], ',.0f'), 'share of the duplicates that was dropped (95 %)': _reach(m['recall'], '.3f')},
                  caption='What was missed')
 
-# %% ../../nbs/1_curation/proof.ipynb #ac1d26b4
+# %% ../../nbs/1_curation/proof.ipynb #f1f47a85
 def removed_table(told: dict) -> Shown:   # a proof's dictionary
     "What went, by source and category."
-    return table([{**r, 'share': r['dropped'] / r['rows']} for r in told['removed']], ['source', 'category', 'rows', 'dropped', 'share'], caption='Near-duplicates by source and category')
+    lost = [{**r, 'share': r['dropped'] / r['rows']} for r in told['removed'] if r['dropped']]
+    rest = len(told['removed']) - len(lost)
+    return table(lost, ['source', 'category', 'rows', 'dropped', 'share'], caption='Near-duplicates by source and category' + (f'; {rest} other groups lost none' if rest else ''))
 
 def overlap_table(told: dict) -> Shown:   # a proof's dictionary
     "From which source rows went, and in which the row stands for which they went."

@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'TYPE', 'PIECES', 'TOP', 'MEDIA', 'STYLE', 'HEAD', 'VERDICT', 'GATES', 'SECTIONS', 'LIMITS', 'PROVENANCE',
            'REPORT', 'INDEX']
 
-# %% ../../nbs/report/page.ipynb #f3e1cdd1
+# %% ../../nbs/report/page.ipynb #0cc14352
 PALETTE = '''
 :root { color-scheme: light dark;
   --paper: #fcfbf9; --card: #ffffff; --ink: #1d222b; --soft: #565d69; --faint: #e4e1da; --line: #cfcac0; --wash: #f4f2ed; --accent: #0b5c8f;
@@ -15,6 +15,7 @@ PALETTE = '''
   --paper: #14171c; --card: #1b1f26; --ink: #e7e4de; --soft: #a5aab4; --faint: #2b3039; --line: #3c434e; --wash: #20252d; --accent: #7cc0ee;
   --good: #66cfa6; --good-wash: #16332a; --bad: #ff9d78; --bad-wash: #3f2118; --warn: #efc35a; --warn-wash: #382d14; --none: #a9afb9; --none-wash: #292d34; } }
 .good { --tone: var(--good); --tone-wash: var(--good-wash); } .bad { --tone: var(--bad); --tone-wash: var(--bad-wash); }
+mark { background: var(--warn-wash); color: inherit; padding: 0 .15em; }
 .warn { --tone: var(--warn); --tone-wash: var(--warn-wash); } .none, .plain { --tone: var(--none); --tone-wash: var(--none-wash); }
 '''
 
