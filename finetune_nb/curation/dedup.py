@@ -30,12 +30,12 @@ def rank(row: Row) -> tuple:
     origin, scores = row.get('origin') or {}, row.get('scores') or {}
     return -((scores.get('clarity') or 0) + (scores.get('quality') or 0)), row['id'], str(origin.get('file')), origin.get('line') or 0
 
-# %% ../../nbs/1_curation/dedup.ipynb #cf894a1f
+# %% ../../nbs/1_curation/dedup.ipynb #b79819c7
 def _beside(row: Row) -> list:
     "What a row teaches beside prompt and answer: tools, calls, the rejected answer, the label; of a document's row, its question."
     rejected = [[t.get('role'), ' '.join(str(t.get('content') or '').lower().split())] for t in row.get('rejected') or [] if isinstance(t, dict)]
     calls = [turn['tool_calls'] for turn in row['messages'] if turn.get('tool_calls')]
-    return [row.get('tools') or [], calls, rejected, row.get('label'), row.get('question') if row.get('document') else None]
+    return [row.get('tools') or [], calls, rejected, row.get('label')] + [row.get('question')] * bool(row.get('document'))
 
 # %% ../../nbs/1_curation/dedup.ipynb #c92d8131
 def _normal(row: Row) -> str:
