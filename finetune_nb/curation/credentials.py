@@ -21,7 +21,7 @@ class Kind:
 
 def _kind(markers: str, pattern: str, random: bool = False) -> Kind: return Kind(tuple(markers.split('|')), re.compile(pattern, re.ASCII), random)
 
-# %% ../../nbs/1_curation/credentials.ipynb #69ba3061
+# %% ../../nbs/1_curation/credentials.ipynb #5b35750e
 _free = r'(?<![A-Za-z0-9])'   # nothing before it that would make it part of a longer word
 
 SECRETS: dict[str, Kind] = {
@@ -30,7 +30,7 @@ SECRETS: dict[str, Kind] = {
     'aws key':        _kind('AKIA|ASIA', _free + r'A[KS]IA[A-Z2-7]{16}(?![A-Za-z0-9])|' + _free + r'A[KS]IA[A-Z0-9]{16}(?![A-Za-z0-9])'),
     'aws secret':     _kind('AKIA|ASIA', r'A[KS]IA[A-Z0-9]{16}[\s\S]{1,160}?(?<![A-Za-z0-9/+=])(?P<value>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])'),
     'github token':   _kind('ghp_|gho_|ghu_|ghs_|ghr_|github_pat_', _free + r'(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})'),
-    'gitlab token':   _kind('glpat-|gldt-|glrt-|glptt-', _free + r'gl(?:pat|dt|rt|ptt)-[A-Za-z0-9_.-]{20,}'),
+    'gitlab token':   _kind('glpat-|gldt-|glrt-|glptt-|glcbt-|glsoat-|glft-|glimt-|glagent-|gloas-|glffct-', _free + r'gl(?:pat|dt|rt|ptt|cbt|soat|ft|imt|agent|oas|ffct)-[A-Za-z0-9_.-]{20,}'),
     'api key':        _kind('sk-', r'(?<![A-Za-z0-9-])sk-[A-Za-z0-9_-]{20,}', random=True),
     'slack token':    _kind('xox|xapp-', _free + r'(?:xox[abeoprs]|xapp)-[A-Za-z0-9-]{10,}'),
     'slack webhook':  _kind('hooks.slack.com', r'hooks\.slack\.com/(?:services|workflows)/(?P<value>[A-Za-z0-9/_-]{20,})'),
@@ -42,17 +42,21 @@ SECRETS: dict[str, Kind] = {
     'sendgrid key':   _kind('SG.', _free + r'SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}'),
     'mail key':       _kind('key-|-us', _free + r'(?:key-[0-9a-f]{32}|[0-9a-f]{32}-us\d{1,2})(?![A-Za-z0-9])'),
     'bot token':      _kind(':AA|.', _free + r'(?:\d{8,10}:AA[A-Za-z0-9_-]{32,34}|[MNO][A-Za-z0-9_-]{23,27}\.[A-Za-z0-9_-]{6}\.[A-Za-z0-9_-]{27,38})(?![A-Za-z0-9_-])', random=True),
-    'service token':  _kind('gsk_|xai-|pplx-|r8_|dop_v1_|dapi|shp|sq0|lin_api_|ntn_|PMAK-|glsa_|glc_|NRAK-|hvs.|sntrys_|HRKU-|sbp_|figd_|AGE-SECRET|dp.pt.|EAAC', _free +
-                            r'(?:gsk_|xai-|pplx-|r8_|dop_v1_|dapi|shp(?:at|ca|pa|ss)_|sq0(?:atp|csp)-|lin_api_|ntn_|PMAK-|gl(?:sa|c)_|NRAK-|hvs\.|sntrys_|HRKU-|sbp_|figd_|AGE-SECRET-KEY-1|dp\.pt\.|EAAC)[A-Za-z0-9_.-]{20,}', random=True),
+    'service token':  _kind('gsk_|xai-|pplx-|r8_|dop_v1_|dapi|shp|sq0|lin_api_|ntn_|PMAK-|glsa_|glc_|NRAK-|hvs.|sntrys_|HRKU-|sbp_|figd_|AGE-SECRET|dp.|EAA|'
+                            'secret_|nfp_|dckr_|pat|.atlasv1.|nvapi-|tgp_v1_|pcsk_|tvly-|jina_|tskey-|pscale_|ATATT3|ATCTT3|sgp_|xkeysib-|rubygems_|CFPAT-|phx_|sb_secret_|amzn.mws|hvb.', _free +
+                            r'(?:gsk_|xai-|pplx-|r8_|dop_v1_|dapi|shp(?:at|ca|pa|ss)_|sq0(?:atp|csp)-|lin_api_|ntn_|PMAK-|gl(?:sa|c)_|NRAK-|hvs\.|sntrys_|HRKU-|sbp_|figd_|AGE-SECRET-KEY-1|dp\.[a-z]{2}\.|EAA[A-Z]|'
+                            r'secret_(?=[A-Za-z0-9]{40,})|nfp_|dckr_(?:pat|oat)_|pat(?=[A-Za-z0-9]{14}\.[0-9a-f]{64})|[A-Za-z0-9]{14}\.atlasv1\.|nvapi-|tgp_v1_|pcsk_|tvly-|jina_|tskey-[a-z]+-|pscale_(?:tkn|pw|oauth)_|'
+                            r'AT[AC]TT3|sgp_|xkeysib-|rubygems_|CFPAT-|phx_|sb_secret_|amzn\.mws\.|hvb\.)[A-Za-z0-9_.-]{20,}', random=True),
     'web token':      _kind('eyJ', _free + r'eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}'),
 }
 
-# %% ../../nbs/1_curation/credentials.ipynb #736aa3bb
+# %% ../../nbs/1_curation/credentials.ipynb #71317f63
 _name = r'(?i:(?:api|access|secret|private|subscription|encryption|signing|master|auth|account|client|consumer|bearer|refresh|session)[_ -]?(?:key|secret|token)(?:[_-]?(?:id|base))?|secret|token|credentials?|passw(?:or)?d|passwd|passphrase|pwd)'
 ASSIGNED: dict[str, Kind] = {
     'url password':   _kind('://', r'(?<=://)[^\s:/@\[\]{}<>$]*:(?P<value>[^\s:/@\[\]{}<>$]{6,}|[^\s/@\[\]{}<>$]{6,})(?=@[\w[])', random=True),
-    'bearer token':   _kind('earer|Basic', r'\b(?:[Bb]earer|Basic) (?P<value>[A-Za-z0-9_+/.~-]{20,}={0,2})', random=True),
+    'bearer token':   _kind('earer|Basic|SSWS', r'\b(?:[Bb]earer|Basic|SSWS) (?P<value>[A-Za-z0-9_+/.~-]{20,}={0,2})', random=True),
     'password':       _kind('key|KEY|Key|ecret|ECRET|oken|OKEN|assw|ASSW|pwd|PWD|Pwd|redential|assphrase', _name + r'["\'\]]{0,2}\s*(?::=|=>|==?|:)\s*(?:\w+\()?["\'`]?(?P<value>[A-Za-z0-9_+/.~-]{16,}={0,2})(?![\w(\[])', random=True),
+    'said password':  _kind('assw|ASSW|Passp|passp|pwd', r'(?i:passw(?:or)?d|passphrase|pwd)(?i: (?:is|was)(?: now)?:?|:)? ["\'`]?(?P<value>[^\s"\'`;,&<>(){}\[\]]{8,40})', random=True),
     'short password': _kind('assw|ASSW|pwd|PWD|Pwd|assphrase', r'(?i:passw(?:or)?d|passwd|passphrase|pwd)["\'\]]{0,2}\s*(?::=|=>|=|:)\s*["\'`]?(?P<value>[^\s"\'`;,&<>(){}\[\]]{8,40})', random=True),
 }
 
@@ -71,15 +75,17 @@ def _strong(value: str) -> bool:
     kinds = [any(map(test, value)) for test in (str.islower, str.isupper, str.isdigit, lambda c: not c.isalnum())]
     return sum(kinds) >= 3 and kinds[2] and len(set(value)) >= 7 and '.' not in value[1:-1]
 
-# %% ../../nbs/1_curation/credentials.ipynb #3772c77b
+# %% ../../nbs/1_curation/credentials.ipynb #8d2b37c4
 def _opens(kind: str, rule: Kind, value: str) -> bool:
     "Whether a find may open something."
     if len(set(value)) < (7 if 'password' in kind else 8) or (kind != 'private key' and _sample.search(value[:200])): return False
-    if kind == 'short password': return _strong(value.rstrip('.!?')) and not value.startswith(('$', '%', '{', 'os.', 'http'))
+    if kind == 'said password' and not (_strong(value.rstrip('.!?')) and any(map(str.islower, value)) and any(map(str.isupper, value)) and not _words.fullmatch(value.rstrip('.!?'))): return False
+    if 'password' in kind and kind in _short: return _strong(value.rstrip('.!?')) and not value.startswith(('$', '%', '{', 'os.', 'http'))
     if kind == 'url password': return any(map(str.isalpha, value)) and (any(map(str.isdigit, value)) or value not in (value.lower(), value.upper(), value.capitalize()))
     return not rule.random or _random(value)
 
-_whole = ('private key', 'putty key', 'aws secret', 'short password')   # what runs over blanks, or is short
+_short = ('said password', 'short password')
+_whole = ('private key', 'putty key', 'aws secret', *_short)   # what runs over blanks, or is short
 _inside = [(marker, kind) for kind, rule in SECRETS.items() if kind not in _whole for marker in rule.markers] + [('://', 'url password')]
 _rules = {**SECRETS, **ASSIGNED}
 

@@ -80,13 +80,11 @@ def needs_mending(texts: list[str],   # the texts of a row
         if text and (text[-1] in ' \n\t>' or text[0] in ' \t\n' or text[-1].isspace()): return True
     return _may_have_unseen(joined) or not (joined.isascii() or unicodedata.is_normalized('NFC', joined))
 
-# %% ../../nbs/1_curation/text.ipynb #12287bba
-_one_word = ('system|user|assistant|tool|tools|observation|start|end|message|channel|constrain|return|call|eot|eom|step|endoftext|startoftext|endofprompt|'
-             'image|audio|video|think|pad|sep|turn|latest_reminder')
+# %% ../../nbs/1_curation/text.ipynb #d797d603
 _angle = re.compile('<(?:' + '|'.join((
-    rf'\|/?(?:[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+|{_one_word})\|>',                        # ChatML, Llama 3 and 4, Phi, Qwen, Harmony, Cohere, Granite, GLM, Kimi
+    r'\|/?(?=[^|]*[A-Za-z]{3})[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*\|>',                  # ChatML, Llama 3 and 4, Phi, Qwen, Harmony, Cohere, Granite, GLM, Kimi
     r'[｜|][A-Za-z▁_][^｜<>\n|]{0,40}｜>',                                            # DeepSeek
-    r'(?:start|end)_of_(?:turn|image|audio)>|(?:bos|eos)>',                            # Gemma
+    r'(?:start|end)_of_(?:turn|image|audio)>|(?:bos|eos)>|unused\d+>|extra_id_\d+>',   # Gemma, T5
     r'\|(?:turn|channel|tool|tool_call|tool_response)>|(?:turn|channel|tool|tool_call|tool_response)\|>',   # Gemma 4
     r'</?SYS>>|(?:BOS|EOS|PAD|CLS|SEP|UNK|MASK)_TOKEN>|sop>')) + ')')                  # Llama 2, Cohere, GLM
 _square = re.compile(r'\[(?:/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|MODEL_SETTINGS|THINK)|gMASK)\]')   # Mistral, GLM
