@@ -21,6 +21,7 @@ def cli(*words, cwd=None, timeout=600, input=None, **env):
                           input=input, capture_output=True, text=True, env={**os.environ, **env})
 
 
+@pytest.hookimpl(tryfirst=True)   # before the workers read the groups
 def pytest_collection_modifyitems(items):
     "Tests that read the one complete run go to one worker, so that it is made once; slow tests begin first."
     items.sort(key=lambda item: item.path.name == 'test_notebooks.py')
@@ -51,9 +52,10 @@ def recipe_of(tiny_model):
         path = folder / 'recipe.yaml'
         tree = yaml.safe_load(path.read_text())
         tree.update(name='tiny', base_models=[str(tiny_model)])
-        tree['train'].update(max_steps=4, batch_size=4, max_tokens=512, evals=2, validation_rows=8)
+        tree['train'].update(max_steps=4, batch_size=4, max_tokens=640, evals=2, validation_rows=8)
         tree['evaluate'].update(max_rows=12, max_new_tokens=8)
         tree['deploy'] = {'check_rows': 4}
+        tree['judge'] = {'model': 'none'}
         for dotted, value in changes.items():
             section, _, key = dotted.partition('__')
             if key: tree.setdefault(section, {})[key] = value
@@ -67,6 +69,7 @@ def recipe_of(tiny_model):
 def complete_run(recipe_of, tmp_path_factory):
     "One complete run on the tiny model, shared by the tests that only read."
     home = tmp_path_factory.mktemp('complete')
-    done = cli('run', recipe_of(home / 'recipe'), '--name', 'whole', '--reports', home / 'reports')
+    judge = {'model': 'likelihood', 'sample': 20, 'exam_rows': 8}
+    done = cli('run', recipe_of(home / 'recipe', judge=judge), '--name', 'whole', '--reports', home / 'reports')
     assert done.returncode == 0, done.stdout + done.stderr
     return home / 'reports' / 'whole', done

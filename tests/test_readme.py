@@ -32,7 +32,7 @@ def make_tiny(recipe: Path, model: Path):
     "Keep the recipe that `init` wrote, but for the model and the sizes."
     tree = yaml.safe_load(recipe.read_text())
     tree['base_models'] = [str(model)]
-    tree.setdefault('train', {}).update(max_steps=2, batch_size=2, max_tokens=512, evals=1, validation_rows=2)
+    tree.setdefault('train', {}).update(max_steps=2, batch_size=2, max_tokens=640, evals=1, validation_rows=2)
     tree.setdefault('evaluate', {}).update(max_rows=4, max_new_tokens=4)
     tree['deploy'] = {'check_rows': 2}
     recipe.write_text(yaml.safe_dump(tree))
@@ -41,7 +41,7 @@ def make_tiny(recipe: Path, model: Path):
 def test_commands_in_order_with_the_readmes_own_words(tiny_model, tmp_path):
     "Every `finetune-nb` line but the server, which would stay; `chat` gets its lines from a pipe."
     commands = [shlex.split(line)[1:] for line in CODE if line.startswith('finetune-nb')]
-    assert [words[0] for words in commands] == ['init', 'check', 'run', 'run', 'chat', 'serve']
+    assert [words[0] for words in commands] == ['init', 'check', 'convert', 'run', 'run', 'chat', 'serve']
     for words in commands:
         if words[0] == 'serve': words = ['serve', '--help']
         done = cli(*words, cwd=tmp_path, input='Hello\n/quit\n')

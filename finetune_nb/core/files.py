@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BadInput', 'located', 'write_atomic', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'sha256_file', 'digest']
 
-# %% ../../nbs/core/files.ipynb #1221a4a3
+# %% ../../nbs/core/files.ipynb #61404598
 import hashlib
 import json
 import os
@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 # %% ../../nbs/core/files.ipynb #b308fce5
 class BadInput(ValueError):
@@ -87,8 +89,23 @@ def sha256_file(path: str | Path) -> str:
     "SHA-256 of a file, as 64 hex digits."
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
-# %% ../../nbs/core/files.ipynb #cb2877ce
+# %% ../../nbs/core/files.ipynb #de50b6d5
+def _is_plain(value: Any) -> bool:
+    "Whether both writers give the same canonical JSON for a value, as far as types can tell."
+    kind = type(value)
+    if kind is str or value is None or kind is bool: return True
+    if kind is list: return all(map(_is_plain, value))
+    if kind is dict: return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+    return kind is int and -1 << 63 <= value < 1 << 63
+
+def _canonical(value: Any) -> bytes:
+    "A value as JSON with sorted keys and without blanks."
+    try:
+        if _is_plain(value): return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except (TypeError, RecursionError): pass   # half a character, or nested too deeply for the fast writer
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(',', ':'), default=str).encode('utf8', 'surrogatepass')
+
+# %% ../../nbs/core/files.ipynb #eba7e178
 def digest(value: Any) -> str:
     "SHA-256 of a value's canonical JSON (sorted keys, no blanks), as 64 hex digits."
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(',', ':'), default=str)
-    return hashlib.sha256(canonical.encode('utf8', 'surrogatepass')).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()

@@ -6,8 +6,9 @@
 __all__ = ['rank', 'exact_duplicates', 'Found', 'search', 'Similar', 'similar_pairs', 'duplicate_texts', 'Near',
            'near_duplicates', 'cross_pairs']
 
-# %% ../../nbs/1_curation/dedup.ipynb #b2711627
+# %% ../../nbs/1_curation/dedup.ipynb #3e0682c9
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
@@ -30,17 +31,23 @@ def rank(row: Row) -> tuple:
     origin, scores = row.get('origin') or {}, row.get('scores') or {}
     return -((scores.get('clarity') or 0) + (scores.get('quality') or 0)), row['id'], str(origin.get('file')), origin.get('line') or 0
 
-# %% ../../nbs/1_curation/dedup.ipynb #b79819c7
+# %% ../../nbs/1_curation/dedup.ipynb #5beb1bb5
+_marks = re.compile(r'(?<=\w)[.,;:!?…]+(?=\s|$)')
+
+def _plainly(turn: dict) -> str:
+    "A turn's words: no capitals, one blank between them, no mark behind them."
+    return ' '.join(_marks.sub('', str(turn.get('content') or '').lower()).split())
+
 def _beside(row: Row) -> list:
     "What a row teaches beside prompt and answer: tools, calls, the rejected answer, the label; of a document's row, its question."
-    rejected = [[t.get('role'), ' '.join(str(t.get('content') or '').lower().split())] for t in row.get('rejected') or [] if isinstance(t, dict)]
+    rejected = [[t.get('role'), _plainly(t)] for t in row.get('rejected') or [] if isinstance(t, dict)]
     calls = [turn['tool_calls'] for turn in row['messages'] if turn.get('tool_calls')]
     return [row.get('tools') or [], calls, rejected, row.get('label')] + [row.get('question')] * bool(row.get('document'))
 
-# %% ../../nbs/1_curation/dedup.ipynb #c92d8131
+# %% ../../nbs/1_curation/dedup.ipynb #c1aae2a3
 def _normal(row: Row) -> str:
-    "Hash of a row's turns and what it teaches beside them, letter case and white space apart."
-    return digest([[[turn.get('role'), ' '.join(str(turn.get('content') or '').lower().split())] for turn in row['messages']], _beside(row)])
+    "Hash of a row's turns and what it teaches beside them; capitals, white space and marks apart."
+    return digest([[[turn.get('role'), _plainly(turn)] for turn in row['messages']], _beside(row)])
 
 # %% ../../nbs/1_curation/dedup.ipynb #16f7df75
 def exact_duplicates(rows: list[Row]) -> list[tuple[Row, Row]]:   # (dropped, kept) pairs

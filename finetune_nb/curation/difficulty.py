@@ -49,20 +49,22 @@ def _fields(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 1 if inner is None else sum(map(_fields, inner))
 
-# %% ../../nbs/1_curation/difficulty.ipynb #4bcf62f9
+# %% ../../nbs/1_curation/difficulty.ipynb #b7dec256
 def _as_json(text: str) -> Any:
     "A JSON object or list, None for anything else."
     if text.lstrip()[:1] not in ('{', '['): return None
     try: return json.loads(text)
     except (ValueError, RecursionError): return None
 
+_BRACKET = re.compile(r'[\[\](){}]')
+
 def _deep(text: str) -> int:
     "Levels of brackets that are open at once, or of indentation by four blanks."
     depth = most = 0
-    for sign in re.sub(r'\{\{\w+\}\}', '', text):   # not the slots of a template
+    for sign in _BRACKET.findall(re.sub(r'\{\{\w+\}\}', '', text) if '{{' in text else text):   # not the slots of a template
         depth += (sign in '([{') - (sign in ')]}')
         most = max(most, depth)
-    indented = [len(line) - len(line.lstrip(' ')) for line in text.splitlines() if line.strip()]
+    indented = [len(line) - len(line.lstrip(' ')) for line in text.splitlines() if line.strip()] if '    ' in text else []
     return max(min(most, 9), max(indented, default=0) // 4)
 
 # %% ../../nbs/1_curation/difficulty.ipynb #639c738f

@@ -128,11 +128,12 @@ def category_of(raw: dict,               # the raw object
             if path != 'auto' or len(str(value)) <= 60: return str(value).strip()
     return None
 
-# %% ../../nbs/1_curation/formats.ipynb #674dfd5c
+# %% ../../nbs/1_curation/formats.ipynb #b9d78d49
 _ours = ('id', 'messages', 'category', 'source', 'inflow', 'origin', 'scores', 'file', 'line', 'prompt', 'chosen', 'rejected', 'label', 'tools', 'parent')
 
 def _tools(raw: dict) -> list | None:
     "The tool definitions of a record; raises FormatProblem."
+    if 'tools' not in raw and 'functions' not in raw and request_of(raw) is raw: return None
     tools = next((place[key] for place in (raw, request_of(raw)) for key in ('tools', 'functions') if place.get(key)), None)
     if not tools or (isinstance(tools, str) and not tools.strip()): return None
     try: tools = parse_inner(tools) if isinstance(tools, str) else tools
@@ -140,7 +141,7 @@ def _tools(raw: dict) -> list | None:
     if not isinstance(tools, list): raise FormatProblem('tools', f'{type(tools).__name__} instead of a list', 'a list of tool definitions')
     return tools
 
-# %% ../../nbs/1_curation/formats.ipynb #9b27c707
+# %% ../../nbs/1_curation/formats.ipynb #bfd780b6
 @cache
 def _uses(name: str) -> tuple[frozenset[str], list[tuple[str, ...]]]:
     "All columns that a format may use, and the groups of which it uses the first."
@@ -151,12 +152,14 @@ def _spare(raw: dict, groups: list[tuple[str, ...]]) -> dict:
     "The columns that were passed over because another of their group came first."
     return {key: raw[key] for group in groups for key in [key for key in group if raw.get(key) is not None][1:]}
 
+_logs = {'request', 'body', 'response', 'choices', 'gen_ai.request.model', RESPONSE, *LOGGED}   # without these a record is no log
+
 def _kept(raw: dict, name: str, system: str | None) -> dict:
     "The columns of a record that its format did not use, under names that do not collide with ours."
     used, groups = _uses(name)
     kept = {key: value for key, value in raw.items() if key not in used and key != system} | _spare(raw, groups)
     kept = {f'raw_{key}' if key in _ours and not (key == 'parent' and isinstance(value, str)) else key: value for key, value in kept.items()}
-    if name != 'messages': return kept
+    if name != 'messages' or _logs.isdisjoint(raw): return kept
     return {**(log_columns(raw) if is_log(raw) else openai_columns(raw)), **kept}
 
 # %% ../../nbs/1_curation/formats.ipynb #4b337a20

@@ -67,7 +67,7 @@ class LightTokenizer:
         coded = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return _Encoded(input_ids=coded.ids, offset_mapping=coded.offsets)
 
-# %% ../../nbs/1_curation/length.ipynb #2c878473
+# %% ../../nbs/1_curation/length.ipynb #f7dfe3d8
 def _template_of(folder: Path, settings: dict) -> str | None:
     "The chat template that a folder holds, in either of the two places."
     if (folder / 'chat_template.jinja').exists(): return (folder / 'chat_template.jinja').read_text(encoding='utf8')
@@ -78,6 +78,7 @@ def _template_of(folder: Path, settings: dict) -> str | None:
 def open_tokenizer(base_model: str, folder: str | Path = '.') -> Any:
     "The tokenizer of a base model: light where the folder allows it, else transformers'; raises BadInput."
     local = Path(folder) / Path(base_model).expanduser()
+    if not local.is_dir() and base_model.startswith(('.', '/', '~')): raise BadInput(f'base_models: {base_model}: no such folder ({local}); name `starter`, a folder or a hub id such as owner/model')
     if not local.is_dir():
         from finetune_nb.model.loading import resolve
         local = resolve(base_model, folder).path

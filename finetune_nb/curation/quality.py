@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['CLEAR', 'SOUND', 'BROKEN', 'parsed', 'Learned', 'learn', 'response', 'score_rows']
 
-# %% ../../nbs/1_curation/quality.ipynb #a3d718c7
+# %% ../../nbs/1_curation/quality.ipynb #f6c47b68
 import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.rows import Row, answer, prompt_text
+from ..core.rows import Row, answer, prompt_messages, prompt_text
 from ..core.show import Shown, facts
 from .clarity import FINE, Score, asked, clarity, own_text, shared_lines
 
-# %% ../../nbs/1_curation/quality.ipynb #ff6f669b
+# %% ../../nbs/1_curation/quality.ipynb #f282a96f
 _OPEN_END = re.compile(r"(?:[,(\[{—–-]|\b(?:the|an|and|or|of|to|with|for|from|by|because|although|while|unless|until|whenever|whereas|but|nor|between|during|within|without|through|upon|via|such|very|which|their|my|his|her|your|our|is|are|was|were|has|have|at|as|than|into|will|can|be|if))$", re.I)
+_MASKED = re.compile(r"\[[A-Z][A-Z_]+(?:_\d+)?\]")   # a personal value stood here; who adds one does not always end the sentence
+_ITEM = re.compile(r"\s*(?:[-*•–]|\d+[.)])\s+(?:\S+\s*){1,6}(?<![,;])$")   # a short one of a list; such stop without a full stop
 _ENDED = re.compile(r"[.!?…。！？][\"'”’)\]*_]*(?:\s|$)")
 
 # %% ../../nbs/1_curation/quality.ipynb #e2821ffb
@@ -29,7 +31,7 @@ def _cut_json(text: str) -> bool:
     except RecursionError: return False
     return False
 
-# %% ../../nbs/1_curation/quality.ipynb #ebd33692
+# %% ../../nbs/1_curation/quality.ipynb #79f94078
 def _prose_end(text: str) -> str:
     "The last line of an answer of at least a dozen words in prose, else ''."
     last = text.rstrip().splitlines()[-1].strip() if text.strip() else ''
@@ -42,13 +44,13 @@ def _cut_prose(text: str) -> bool:
 
 def _unended(text: str) -> bool:
     "Whether prose stops in the middle of a sentence or word, if its writer is one who ends sentences."
-    tail = _ENDED.split(_prose_end(text))[-1].split()
-    return len(tail) >= 4 and tail[-1].isalpha() and tail[-1].islower()
+    *before, tail = (part.split() for part in _ENDED.split(_prose_end(text)))
+    return not _MASKED.search(' '.join(tail)) and len(tail) >= (2 if before else 4) and tail[-1].isalpha() and tail[-1].islower()
 
 def _stops(text: str) -> bool:
     "Whether a text of any length stops without the sign that ends a sentence: in small letters, at a comma, or behind a whole sentence."
     words, last = text.split(), text.rstrip().rpartition('\n')[2]
-    if len(words) < 3 or _ENDED.search(words[-1]): return False
+    if len(words) < 3 or _ENDED.search(words[-1]) or words[-1][0] in '#@' or '://' in words[-1] or _ITEM.match(last) or _MASKED.search(' '.join(words[-8:])): return False
     return bool(re.search(r'[a-zß-ÿ,]$', words[-1])) or bool(words[-1][-1].isalnum() and _ENDED.search(last))
 
 # %% ../../nbs/1_curation/quality.ipynb #ce23a7a6
@@ -59,7 +61,21 @@ def parsed(text: str) -> dict | None:
     except (ValueError, RecursionError): return None
     return value if isinstance(value, dict) else None
 
-# %% ../../nbs/1_curation/quality.ipynb #96e3d5ff
+# %% ../../nbs/1_curation/quality.ipynb #29ed9a47
+_FENCE = re.compile(r'```(?:json)?\s*(.*?)\s*```', re.S)
+
+def _held(text: str) -> tuple[str, dict | None]:
+    "How an answer holds a JSON object (bare, fenced, in a list), and the object, the first of a list; None when it holds none."
+    fenced = _FENCE.fullmatch(text.strip())
+    inner = fenced[1] if fenced else text
+    if (value := parsed(inner)) is not None: return ('fenced' if fenced else 'bare'), value
+    if not inner.lstrip().startswith('['): return '', None
+    try: values = json.loads(inner)
+    except (ValueError, RecursionError): return '', None
+    alike = all(isinstance(one, dict) and one.keys() == values[0].keys() for one in values) if values and isinstance(values[0], dict) else not values
+    return ('in a list', values[0] if values else {}) if alike else ('', None)
+
+# %% ../../nbs/1_curation/quality.ipynb #8b8b62c4
 @dataclass(frozen=True)
 class Learned:
     "What is normal in a data set."
@@ -68,6 +84,7 @@ class Learned:
     constants: dict[str, frozenset[str]]           # field → values that recur without standing in the prompt ("not given")
     ended: frozenset[str | None] = frozenset()     # categories whose prose answers end like sentences
     always: frozenset[str | None] = frozenset()    # categories in which answers of any length do
+    held: dict[str | None, str] = field(default_factory=dict)        # category → how its answers hold their JSON, where there are keys
     shared: frozenset[str] = field(default=frozenset(), repr=False)   # lines that many prompts have in common
 
     def _shown(self) -> Shown:
@@ -79,19 +96,19 @@ class Learned:
     def _repr_html_(self) -> str: return self._shown().html
     def _repr_markdown_(self) -> str: return self._shown().markdown
 
-# %% ../../nbs/1_curation/quality.ipynb #8a13e529
-def _learn_keys(rows: list[Row], least: int = 10) -> dict[str | None, tuple[str, ...]]:
-    "For each category of at least `least` rows whose answers are mostly one kind of JSON object: its keys."
+# %% ../../nbs/1_curation/quality.ipynb #b8e0492d
+def _learn_keys(rows: list[Row], least: int = 10) -> tuple[dict[str | None, tuple[str, ...]], dict[str | None, str]]:
+    "For each category of at least `least` rows whose answers are mostly one kind of JSON object: its keys, and how answers hold it."
     by_category = defaultdict(list)
-    for row in rows: by_category[row.get('category')].append(parsed(answer(row)))
-    found = {}
+    for row in rows: by_category[row.get('category')].append(_held(answer(row)))
+    found, held = {}, {}
     for category, values in by_category.items():
-        forms = Counter(tuple(sorted(v)) for v in values if v)
-        keys, n = forms.most_common(1)[0] if forms else ((), 0)
-        if len(values) >= least and keys and n > len(values) / 2: found[category] = keys
-    return found
+        forms = Counter((how, tuple(sorted(v))) for how, v in values if v)
+        (how, keys), n = forms.most_common(1)[0] if forms else (('', ()), 0)
+        if len(values) >= least and keys and n > len(values) / 2: found[category], held[category] = keys, how
+    return found, held
 
-# %% ../../nbs/1_curation/quality.ipynb #9ed277d3
+# %% ../../nbs/1_curation/quality.ipynb #2230ca76
 def _flat(text: Any) -> str:
     "A value as it would stand in a text: lower case, words and digits only."
     return ' '.join(re.findall(r'[^\W_]+', str(text).lower()))
@@ -102,7 +119,7 @@ def _stands_in(value: Any, prompt: str) -> bool:
 
 def _values(row: Row) -> dict[str, Any]:
     "The simple values of a JSON answer that say something."
-    return {k: v for k, v in (parsed(answer(row)) or {}).items() if isinstance(v, str | int | float) and not isinstance(v, bool) and _flat(v)}
+    return {k: v for k, v in (_held(answer(row))[1] or {}).items() if isinstance(v, str | int | float) and not isinstance(v, bool) and _flat(v)}
 
 # %% ../../nbs/1_curation/quality.ipynb #a5f96638
 def _learn_copied(rows: list[Row], share: float = 0.9, least: int = 20) -> tuple[dict[str, float], dict[str, frozenset[str]]]:
@@ -121,7 +138,14 @@ def _learn_copied(rows: list[Row], share: float = 0.9, least: int = 20) -> tuple
     rule = {name: value for name, value in rule.items() if copied[name] >= seen[name] / 2}
     return rule, {name: constants[name] for name in rule}
 
-# %% ../../nbs/1_curation/quality.ipynb #bd29e23d
+# %% ../../nbs/1_curation/quality.ipynb #02f882e0
+def _ruled(seen: dict[str | None, list[bool]], share: float, least: int) -> frozenset[str | None]:
+    "Categories of which `share` of the answers keep a rule; those with fewer than `least` are taken together."
+    few = [one for fine in seen.values() if len(fine) < least for one in fine]
+    together = len(few) >= least and sum(few) >= share * len(few)
+    return frozenset(c for c, fine in seen.items() if (sum(fine) >= share * len(fine) if len(fine) >= least else together and sum(fine) >= len(fine) / 2))
+
+# %% ../../nbs/1_curation/quality.ipynb #a4c2cf11
 def _learn_ended(rows: list[Row], share: float = 0.85, least: int = 30) -> tuple[frozenset[str | None], frozenset[str | None]]:
     "Categories with at least `least` prose answers, of which `share` do not stop in mid-sentence; and those where that holds for all answers."
     ends, all_ends = defaultdict(list), defaultdict(list)
@@ -129,26 +153,46 @@ def _learn_ended(rows: list[Row], share: float = 0.85, least: int = 30) -> tuple
         text = answer(row).strip()
         if _prose_end(text): ends[row.get('category')].append(not _unended(text))
         if text: all_ends[row.get('category')].append(bool(_ENDED.search(text[-3:])))
-    rule = lambda seen: frozenset(c for c, fine in seen.items() if len(fine) >= least and sum(fine) >= share * len(fine))
-    return rule(ends), rule(all_ends)
+    return _ruled(ends, share, least), _ruled(all_ends, share, least)
 
-# %% ../../nbs/1_curation/quality.ipynb #0a90e22d
+# %% ../../nbs/1_curation/quality.ipynb #21783935
 def learn(rows: list[Row]) -> Learned:
     "What is normal in these rows: form of the answers, copied fields, shared lines."
-    shared, keys = shared_lines(rows), _learn_keys(rows)
-    return Learned(keys, *(_learn_copied(rows) if keys else ({}, {})), *_learn_ended(rows), shared)
+    shared, (keys, held) = shared_lines(rows), _learn_keys(rows)
+    return Learned(keys, *(_learn_copied(rows) if keys else ({}, {})), *_learn_ended(rows), held, shared)
 
-# %% ../../nbs/1_curation/quality.ipynb #10d99430
-_CANNOT = r"(?:can(?:no|')?t|can ?not|am (?:unable|not able|not allowed)|am not|won'?t|do(?:n'?t| not) have (?:the ability|access|enough information)|unable|not able)"
-_REFUSAL = re.compile(rf"^\W*(?:(?:i'?m|i am) (?:very |really |so )?sorry\b.{{0,60}}?\b{_CANNOT}"
-                      rf"|(?:sorry|unfortunately|i apologi[sz]e|my apologies)\b.{{0,30}}?\bi {_CANNOT}"
-                      r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b.{0,60}\b(?:can(?:no|')?t|can ?not|unable|don'?t|do not|not able)"
-                      r"|i'?m (?:unable|not able) to"
-                      rf"|i {_CANNOT} (?:to )?(?:help|assist|comply|fulfil+|provide|answer|do that|process|complete|continue|discuss|respond|perform))", re.I | re.S)
+# %% ../../nbs/1_curation/quality.ipynb #06d32a24
+_ABLE = r"(?:unable|not (?:able|allowed|permitted|in a position|programmed|designed|capable|comfortable|authori[sz]ed))"
+_CANNOT = rf"(?:(?:just |simply |really |currently |also )?(?:can(?:no|')?t|can ?not|won'?t(?: be able)?|will not(?: be able)?|could(?:n'?t| not))|(?:am |'m |be )?{_ABLE}|(?:respectfully |must |have to |will have to |need to )*(?:decline|refuse)|do(?:n'?t| not) (?:have (?:the (?:ability|capability)|access|enough information)|feel comfortable|know how))"
+_HELPING = r"(?:help|assist|comply|fulfil+|provide|answer|do (?:that|this|so|it)\b|process|complete|continue|discuss|respond|perform|generate|create|produce|engage|accommodate|execute|offer|support|this (?:request|question)|your (?:request|question)|with)"
+_MODEL = r"an? (?:ai|artificial intelligence|(?:large )?language model|chat ?bot|virtual assistant)\b"
+_REFUSAL = re.compile(rf"^\W*(?:(?:i'?m|i am) (?:very |really |so |truly |terribly )?(?:sorry|afraid)\b.{{0,60}}?\b(?:i(?:'m| am)? )?{_CANNOT}"
+                      rf"|(?:sorry|unfortunately|regrettably|i (?:do )?apologi[sz]e|(?:my )?apologies|i regret|no)\b.{{0,60}}?\bi ?{_CANNOT}"
+                      rf"|(?:as |i(?:'m| am) (?:just |only |merely |simply )*){_MODEL}.{{0,60}}\b(?:can(?:no|')?t|can ?not|unable|don'?t|do not|not able|must (?:refuse|decline))"
+                      r"|(?:i'?m|i am) (?:very |so )?sorry,? (?:but )?i do(?:n'?t| not) (?:know|understand)|i have no ability|i(?:'m| am) not sure (?:i|that i|if i) can (?:help|assist|answer)|i do(?:n'?t| not) think i (?:can|should) (?:help|assist|answer)"
+                      r"|(?:my|our|\w+'s|\w+) (?:content )?(?:policy|policies|guidelines|programming) (?:prevents?|do(?:es)?(?: not|n'?t) (?:allow|permit|let)|forbids?|prohibits?)\b.{0,12}\b(?:me|my|us)\b"
+                      rf"|i ?(?:am |'m )?(?:{_ABLE[3:-1]}) to"
+                      rf"|i ?{_CANNOT} (?:and (?:will|can|must) ?not )?(?:to )?{_HELPING}|i (?:must|have to|need to) (?:respectfully )?(?:decline|refuse)\b|i do(?:n'?t| not) feel comfortable"
+                      r"|(?:i am|i'm|i was|i have been) (?:programmed|designed|instructed|trained|told|asked) not to"
+                      r"|(?:it is|it's|it isn't|it is not|that is|that's) (?:not |im)?possible for me to"
+                      r"|(?:this|that|your|the) (?:request|question|prompt|topic|content|query)\b.{0,20}\b(?:violates|goes against|is against|falls outside|is not something i can)|(?:this|that) (?:violates|goes against) my"
+                      r"|(?:this|that|it)(?:'s| is)? (?:beyond|outside|against) (?:of |the (?:scope|limits) of )?(?:my|what i)\b|(?:i'm |i am )?(?:very )?(?:sorry|apologies)[,;.]? (?:but )?(?:that|this)(?: is|'s) (?:not (?:possible|something i can)|impossible)|i(?:'d| would) (?:rather|prefer) not|sorry,? no can do"
+                      r"|(?:很?抱歉|对不起|不好意思)[^。\n]{0,30}(?:无法|不能)[^。\n]{0,30}。?\W*$|作为(?:一个|一名|一款)?(?:ai|人工智能|语言模型)[^。\n]{0,30}(?:无法|不能)|(?:es )?tut mir (?:sehr )?leid,? (?:aber )?.{0,30}\bkann .{0,60}\bnicht|ich kann (?:dir|ihnen) (?:dabei|damit|hierbei) (?:leider )?nicht"
+                      r"|(?:je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)|lo siento,? (?:pero )?no puedo)", re.I | re.S)
+_DECLINES = re.compile(r"\b(?:write|draft|compose|create|generate|craft|say|reply|respond|answer|tell|politely|how (?:do|can|should))\b.{0,80}\b(?:declin|refus|apolog|reject|turn(?:ing)? down|excuse|say(?:ing)? no\b|sorry)|\b(?:role ?-?play|dialog|translat|paraphras|rephras|rewrit|(?:complete|finish|continue) the (?:following|sentence|conversation|story|text))", re.I | re.S)
 
-# %% ../../nbs/1_curation/quality.ipynb #a047e0f4
+def _refuses(text: str, prompt: str) -> str:
+    "The words with which an answer refuses, '' when it does not, or when refusing was the task."
+    if len(text.split()) > 60: return ''
+    found = _REFUSAL.match(text.replace('’', "'"))
+    return found[0] if found and not _DECLINES.search(prompt) else ''
+
+# %% ../../nbs/1_curation/quality.ipynb #29dede35
 _SLOT = re.compile(r"\[(?:insert|placeholder|fill in|todo)\b[^\]\n]{0,40}\]|\{\{ ?\w+ ?\}\}|<insert[ _][\w ]{0,30}>|\blorem ipsum\b", re.I)
 _NOTHING = re.compile(r"\W*(?:todo|tbd|tba|n/?a|none|null|nan|undefined|placeholder|test|asdf\w*|xxx+|idk|i (?:don'?t|do not) know)\W*", re.I)
+_STAND_IN = re.compile(r"[\[<({]{1,2} ?(?:(?:the|your|an?|no|insert|add|put|put the|model) )*(?:answer|response|output|reply|completion|text|content|blank|empty|none|missing|redacted|deleted|removed)(?: (?:here|goes here|missing|not found|removed|omitted|pending))? ?[\])}>]{1,2}|(?:no|empty|missing) (?:answer|response|output|reply)(?: (?:given|provided|available|found))?\.?|(?:answer|response|output|assistant)\s*:", re.I)
+_DASHES = re.compile(r"-{1,3}|[.…]{1,4}|[?？]{2,}|—|–|_+|\*+")
+_SIGNS = re.compile(r"\b(?:sign|symbol|operator|punctuation|character|morse|emoji|comma|dash|hyphen)s?\b", re.I)
 _NEXT_TURN = re.compile(r"\n\s*(?:#{2,} ?(?:instruction|input|response|human|user|assistant)\b|(?:human|user|assistant)\s*:)", re.I)
 
 def _looped(text: str) -> bool:
@@ -158,31 +202,41 @@ def _looped(text: str) -> bool:
     top = Counter(zip(*(words[i:] for i in range(5)))).most_common(1)[0][1]
     return 5 * top >= 0.5 * len(words) and top >= 4
 
-# %% ../../nbs/1_curation/quality.ipynb #f9bc2851
+# %% ../../nbs/1_curation/quality.ipynb #0599ce4d
 def _trace(text: str, prompt: str) -> Score:
     "The traces that generators and exports leave in an answer."
-    if len(text) < 30 and _NOTHING.fullmatch(text) and len(prompt.split()) >= 8 and not _flat(text) in _flat(prompt):
+    if len(text) < 30 and _NOTHING.fullmatch(text) and len(prompt.split()) >= 8 and not _stands_in(text, _flat(prompt)):
         return Score(0.1, f'stands for an answer that is not there: {text[:30]!r}', 'empty')
+    if _STAND_IN.fullmatch(text) or (_DASHES.fullmatch(text) and text not in prompt and not _SIGNS.search(prompt)): return Score(0.1, f'stands for an answer that is not there: {text[:30]!r}', 'empty')
     if (found := _SLOT.search(text)) and not _SLOT.search(prompt) and not re.search(r'```|</|;\s*$|template', text + prompt, re.M): return Score(0.2, f'a slot that nobody filled: {found[0][:40]!r}', 'slot')
     if (found := _NEXT_TURN.search(text)) and not _NEXT_TURN.search('\n' + prompt): return Score(0.2, f'goes on with the next turn: {found[0].strip()[:30]!r}', 'next turn')
     if _looped(text): return Score(0.2, f'says one thing over and over: {" ".join(text.split()[-8:])!r}', 'repetition')
     return FINE
 
-# %% ../../nbs/1_curation/quality.ipynb #8f178744
+# %% ../../nbs/1_curation/quality.ipynb #f80f6a0a
+_COPIES = re.compile(r"\b(?:correct|grammar|spell|proofread|repeat|echo|punctuat|normali[sz]|anonymi|redact|copy|after me|verbatim)\w*", re.I)
+
+def _repeats(text: str, row: Row, prompt: str) -> bool:
+    "Whether an answer is what was asked, or the user's last words, once more."
+    if len(text.split()) < 4: return False
+    turns = prompt_messages(row)
+    last = next((t['content'] for t in reversed(turns) if t['role'] == 'user'), '')
+    if abs(len(text) - len(prompt)) < 20 and _flat(text) == _flat(prompt): return True
+    return abs(len(text) - len(last)) < 20 and _flat(text) == _flat(last) and not any(_COPIES.search(t.get('content') or '') for t in turns[:2] if t['role'] != 'assistant')
+
+# %% ../../nbs/1_curation/quality.ipynb #ce6365ca
 def _response(row: Row) -> Score:
     "The rules of response quality that hold in any data set."
     text, prompt = answer(row).strip(), asked(row)
     if not text and not any(t.get('tool_calls') for t in row['messages'][-1:]): return Score(0.0, 'the answer is empty', 'empty')
     if not re.search(r'\w|[^\x00-\x7f]', text) and len(text) > 3: return Score(0.0, 'the answer holds no word', 'empty')
-    if len(text.split()) <= 60 and not row.get('tools') and (found := _REFUSAL.match(text)):
-        return Score(0.1, f'a refusal: {found[0][:60]!r}', 'refusal')
-    if len(text.split()) >= 4 and abs(len(text) - len(prompt)) < 20 and _flat(text) == _flat(prompt):
-        return Score(0.1, 'the answer repeats the prompt', 'copy')
+    if not row.get('tools') and (said := _refuses(text, prompt)): return Score(0.1, f'a refusal: {said[:60]!r}', 'refusal')
+    if _repeats(text, row, prompt): return Score(0.1, 'the answer repeats the prompt', 'copy')
     if _cut_json(text): return Score(0.2, f'JSON breaks off: …{text[-30:]!r}', 'truncated')
     if _cut_prose(text): return Score(0.3, f'breaks off: …{text[-40:]!r}', 'truncated')
     return _trace(text, prompt)
 
-# %% ../../nbs/1_curation/quality.ipynb #e1680d7e
+# %% ../../nbs/1_curation/quality.ipynb #2558a2ae
 def _against(row: Row, usual: Learned) -> Score:
     "The rules that this data set set by its own example."
     category, text = row.get('category'), answer(row).strip()
@@ -190,8 +244,9 @@ def _against(row: Row, usual: Learned) -> Score:
         return Score(0.3, f'breaks off: …{answer(row).strip()[-40:]!r}; other answers end their sentences', 'truncated')
     keys = usual.keys.get(row.get('category'))
     if not keys: return FINE
-    value = parsed(answer(row))
-    if value is None: return Score(0.1, f'not a JSON object, as other answers of {row.get("category")} are', 'format')
+    how, value = _held(answer(row))
+    if (how, value) == ('in a list', {}) and usual.held.get(category) == how: return FINE
+    if value is None or how != usual.held.get(category, 'bare'): return Score(0.1, f'not a JSON object, as other answers of {row.get("category")} are', 'format')
     if odd := sorted(set(keys) ^ set(value)):
         said = [f'{name} {"missing" if name in keys else "unknown"}' for name in odd]
         return Score(0.2, 'keys differ from the other answers: ' + ', '.join(said), 'format')

@@ -34,7 +34,7 @@ def told(text: str) -> str:
     "The words of a text that may say what it is about, lower case."
     return ' '.join(word for word in _WORDS.findall(text.lower()) if word not in _SMALL)
 
-# %% ../../nbs/1_curation/topics.ipynb #b6b71deb
+# %% ../../nbs/1_curation/topics.ipynb #f506feb7
 def _start(points: np.ndarray, k: int, dice: np.random.Generator) -> np.ndarray:
     "k-means++: centres far from each other."
     centres = points[[dice.integers(len(points))]]
@@ -44,6 +44,13 @@ def _start(points: np.ndarray, k: int, dice: np.random.Generator) -> np.ndarray:
         centres = np.vstack([centres, points[[pick]]])
     return centres
 
+def _sums(points: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:   # k × dims
+    "The sum of the points of each label, nought where there are none."
+    sizes, sums = np.bincount(labels, minlength=k), np.zeros((k, points.shape[1]), points.dtype)
+    there = np.flatnonzero(sizes)
+    sums[there] = np.add.reduceat(points[labels.argsort(kind='stable')], (sizes.cumsum() - sizes)[there])
+    return sums
+
 def _cluster(points: np.ndarray, k: int, dice: np.random.Generator, starts: int = 3, rounds: int = 30) -> np.ndarray:   # unit centres, k × dims
     "Spherical k-means; the best of a few starts."
     best, found = -np.inf, None
@@ -51,7 +58,7 @@ def _cluster(points: np.ndarray, k: int, dice: np.random.Generator, starts: int 
         centres = _start(points, k, dice)
         for _ in range(rounds):
             nearest = (points @ centres.T).argmax(1)
-            sums = np.stack([points[nearest == j].sum(0) for j in range(k)])
+            sums = _sums(points, nearest, k)
             norms = np.linalg.norm(sums, axis=1, keepdims=True)
             moved = np.where(norms > 1e-9, sums / np.maximum(norms, 1e-9), centres)
             if np.abs(moved - centres).max() < 1e-5: break
@@ -113,17 +120,20 @@ def _choose(points: np.ndarray, seed: int) -> tuple[_Tried | None, list[_Tried]]
     firm = max((t.agreement for t in good), default=0) - TIE
     return max((t for t in good if t.agreement >= firm), key=lambda t: (t.told, -t.k), default=None), tried
 
-# %% ../../nbs/1_curation/topics.ipynb #861f6763
+# %% ../../nbs/1_curation/topics.ipynb #4997f6cf
+_SIGN = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]')
+
 def _terms(text: str) -> set[str]:
     "Words and pairs of neighbouring words; runs of two to four signs."
     found, before = set(), ''
     for word in _WORDS.findall(text.lower()):
-        if re.match(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]', word):
+        if not word.isascii() and _SIGN.match(word):
             found |= {word[i:i + n] for n in (2, 3, 4) for i in range(len(word) - n + 1)}
             before = ''
         elif word in _SMALL: before = ''
         else:
-            found |= {word, f'{before} {word}'} if before else {word}
+            found.add(word)
+            if before: found.add(f'{before} {word}')
             before = word
     return found
 

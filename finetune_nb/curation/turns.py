@@ -40,14 +40,15 @@ def _part(part: Any, field: str) -> str:
     if text is None: raise FormatProblem(field, 'a part that is not text', 'text parts only', 'leave out rows with pictures or sound')
     return text
 
-# %% ../../nbs/1_curation/turns.ipynb #849dc279
+# %% ../../nbs/1_curation/turns.ipynb #267bfb4d
 def _call(call: Any, field: str) -> str:
     "A tool call as the text that the model is to write; raises FormatProblem."
     asked = (call.get('function') or call) if isinstance(call, dict) else None
     if not isinstance(asked, dict) or not isinstance(asked.get('name'), str): raise FormatProblem(field, 'a tool call without a name', 'a function with name and arguments')
     arguments = asked.get('arguments')
     try: arguments = parse_inner(arguments) if isinstance(arguments, str) else arguments
-    except ValueError: pass
+    except ValueError:
+        if arguments.lstrip()[:1] in ('{', '['): raise FormatProblem(field, 'a tool call whose arguments are not whole JSON', 'a JSON object') from None
     return as_json({'name': asked['name'], 'arguments': arguments})
 
 # %% ../../nbs/1_curation/turns.ipynb #2a563a49

@@ -55,7 +55,7 @@ deploy: {serve: false}
 monitor: {}
 '''
 
-# %% ../../nbs/demo/recipe.ipynb #a2771da2
+# %% ../../nbs/demo/recipe.ipynb #7ccd5e75
 INIT_RECIPE = '''\
 # What to learn, from what, and how to tell whether it worked. Run it: finetune-nb run recipe.yaml
 # A key that is misspelt is an error; a key that is left out has a default, written out in the run's own copy.
@@ -71,7 +71,11 @@ data:
   category: category                                 # column that names the kind of task; `auto` where there is none
   near_duplicates: {threshold: 0.8}                  # lower drops more
   splits: {validation: 0.1, test: 0.15, group: family}   # group: column whose values stay together; delete it where you have none
+  # clean: {languages: [en], personal: mask}           # rows surely in another language leave; keep: personal data are only counted
+  # answers: {json_schema: answer.schema.json}         # what every answer must look like, for gate Q3; or pattern: a regular expression
+  # benchmarks: [benchmarks/*.jsonl]                   # rows that hold one of their items are not trained on
 
+# generate: {model: {url: "http://localhost:8000/v1", model: name, key_env: MY_KEY}, rows: 100, documents: [docs/*.md]}   # rows written by a model
 augment: {rows: 0}                                   # variants of training rows for edge cases that are missing; 0: holes are listed, not filled
 judge: {model: none}                                 # who rates clarity and quality: likelihood (the base model, offline), a folder, {url, model, key_env}; none: NOT MEASURED
 
