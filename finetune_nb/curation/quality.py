@@ -31,11 +31,13 @@ def _cut_json(text: str) -> bool:
     except RecursionError: return False
     return False
 
-# %% ../../nbs/1_curation/quality.ipynb #79f94078
+# %% ../../nbs/1_curation/quality.ipynb #a33c3806
+_CODE = re.compile(r'//|/\*|[;{}]\s*$|\w\(|\s[=<>]=?\s|-[lr]rb-', re.I)   # a line of a program, or of its comments
+
 def _prose_end(text: str) -> str:
     "The last line of an answer of at least a dozen words in prose, else ''."
     last = text.rstrip().splitlines()[-1].strip() if text.strip() else ''
-    return last if '```' not in text and len(text.split()) >= 12 and len(last.split()) >= 8 and last[0].isalnum() else ''
+    return last if '```' not in text and not _CODE.search(last) and len(text.split()) >= 12 and len(last.split()) >= 8 and last[0].isalnum() else ''
 
 def _cut_prose(text: str) -> bool:
     "Whether an answer leaves a code fence open or ends in a word that cannot end a sentence."
@@ -47,11 +49,15 @@ def _unended(text: str) -> bool:
     *before, tail = (part.split() for part in _ENDED.split(_prose_end(text)))
     return not _MASKED.search(' '.join(tail)) and len(tail) >= (2 if before else 4) and tail[-1].isalpha() and tail[-1].islower()
 
+_OPENERS = frozenset('a an the in on at of to for it this that these those we you they he she i if as when while most some many in'.split())   # with which a sentence begins and does not end
+
 def _stops(text: str) -> bool:
     "Whether a text of any length stops without the sign that ends a sentence: in small letters, at a comma, or behind a whole sentence."
     words, last = text.split(), text.rstrip().rpartition('\n')[2]
-    if len(words) < 3 or _ENDED.search(words[-1]) or words[-1][0] in '#@' or '://' in words[-1] or _ITEM.match(last) or _MASKED.search(' '.join(words[-8:])): return False
-    return bool(re.search(r'[a-zß-ÿ,]$', words[-1])) or bool(words[-1][-1].isalnum() and _ENDED.search(last))
+    listed = '\n' in text.strip() and len(last.split()) < 6 or all(not word[0].islower() for word in words) or _CODE.search(last)   # a list, a signature, a title, code
+    if len(words) < 3 or listed or _ENDED.search(words[-1]) or words[-1][0] in '#@' or '://' in words[-1] or _ITEM.match(last) or _MASKED.search(' '.join(words[-8:])): return False
+    begun = words[-1].isdigit() or words[-1].lower() in _OPENERS
+    return bool(re.search(r'[a-zß-ÿ,]$', words[-1])) or bool(begun and _ENDED.search(last))
 
 # %% ../../nbs/1_curation/quality.ipynb #ce23a7a6
 def parsed(text: str) -> dict | None:

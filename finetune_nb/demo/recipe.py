@@ -12,7 +12,7 @@ from ..core.files import BadInput, located, write_atomic, write_jsonl
 from .families import FAMILIES
 from .letters import family_letters
 
-# %% ../../nbs/demo/recipe.ipynb #3d7de7f1
+# %% ../../nbs/demo/recipe.ipynb #4608b850
 DEMO_RECIPE = '''\
 # The demo: support mail becomes strict JSON. Data, faults and answer key are generated; see data.answer_key.
 name: demo
@@ -31,7 +31,7 @@ data:
   answer_key: answer_key.jsonl                     # the planted faults, to score curation itself
 
 augment: {rows: 24, families: [unusual format, boundary]}   # variants of training mails; hostile mail stays a hole, to show one
-judge: {model: likelihood, sample: 20, exam_rows: 10}       # the base model's own likelihood; a small exam, to keep the demo short
+judge: {model: likelihood, sample: 12, exam_rows: 10}       # the base model's own likelihood; a small exam, to keep the demo short
 
 waivers:                                           # the planted faults, and what needs people
   - gate: Q1

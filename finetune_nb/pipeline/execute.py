@@ -178,19 +178,22 @@ def _said(error: BaseException, log: Path) -> tuple[str, str]:
         return 'DeadKernel', f'the kernel died, perhaps for want of memory; a smaller train.micro_batch_size or train.max_tokens needs less.{last}'
     return type(error).__name__, str(error)
 
-# %% ../../nbs/pipeline/execute.ipynb #9ba558ed
-def _papermill(source: Path, raw: Path, parameters: dict, folder: Path, kernel: type, errors: list) -> None:
-    "Run papermill; whatever it raises goes into `errors`."
+# %% ../../nbs/pipeline/execute.ipynb #9b4b7b79
+def _papermill(source: Path, raw: Path, parameters: dict, folder: Path, kernel: type, errors: list, log: Path, tries: int = 3) -> None:
+    "Run papermill; whatever it raises goes into `errors`, unless another kernel only took a port first."
     import warnings
     from papermill import execute_notebook
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            execute_notebook(source, raw, parameters, kernel_name='python3', language='python', progress_bar=False, cwd=folder,
-                             start_timeout=180, kernel_manager_class=kernel)
-    except BaseException as error: errors.append(error)
+    for left in reversed(range(tries)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                execute_notebook(source, raw, parameters, kernel_name='python3', language='python', progress_bar=False, cwd=folder,
+                                 start_timeout=180, kernel_manager_class=kernel)
+            return
+        except BaseException as error:
+            if not left or 'Address already in use' not in _said(error, log)[1]: return errors.append(error)
 
-# %% ../../nbs/pipeline/execute.ipynb #b0abe770
+# %% ../../nbs/pipeline/execute.ipynb #2398af31
 def execute(source: Path,        # stage notebook
             folder: Path,        # the run's folder: the kernel's working directory
             parameters: dict,    # of its parameters cell
@@ -203,7 +206,7 @@ def execute(source: Path,        # stage notebook
     passing, log = folder / 'stages' / f'.{source.stem}.progress', folder / 'stages' / f'.{source.stem}.log'
     raw.parent.mkdir(parents=True, exist_ok=True)
     kernel, errors, peak, interrupted = _kernel(_environment(passing), log), [], None, False
-    worker = threading.Thread(target=_papermill, args=(source.absolute(), raw, parameters, folder, kernel, errors), daemon=True)
+    worker = threading.Thread(target=_papermill, args=(source.absolute(), raw, parameters, folder, kernel, errors, log), daemon=True)
     watcher, start = Watcher(source.stem.replace('_', ' ', 1), echo, passing), time.monotonic()
     worker.start()
     try:
