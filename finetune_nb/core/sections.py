@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Model', 'Section', 'Source', 'Clean', 'NearDuplicates', 'Splits', 'Answers', 'Data', 'Generate',
-           'Augment', 'Judge', 'Waiver', 'Requirements', 'Train', 'Evaluate', 'Deploy', 'Monitor', 'Recipe']
+           'Augment', 'Judge', 'Waiver', 'Requirements', 'Preference', 'Distillation', 'Forgetting', 'Curves', 'Claim',
+           'Train', 'Evaluate', 'Deploy', 'Monitor', 'Recipe']
 
 # %% ../../nbs/core/sections.ipynb #716df426
 from pathlib import Path
@@ -129,21 +130,74 @@ class Requirements(Section):
     memory_gb: Annotated[float, Field(gt=0)] | None = None    # None: what this machine has
     minutes: Annotated[float, Field(gt=0)] | None = None      # budget for training
 
-# %% ../../nbs/core/sections.ipynb #bf066715
+# %% ../../nbs/core/sections.ipynb #ed44f37a
+class Preference(Section):
+    "What preference tuning follows."
+    method: Literal['dpo', 'grpo'] = 'dpo'                    # grpo: a reward function instead of pairs; wants the extra [grpo]
+    beta: Annotated[float, Field(gt=0)] = 0.1                 # how tightly the model is held to where it started
+    sft_steps: Annotated[int, Field(ge=0)] = 0                # steps on the preferred answers first
+    reward: str | None = None                                 # grpo: a metric's name, or FILE.py:FUNCTION
+    generations: Annotated[int, Field(ge=2)] = 4              # grpo: answers drawn for each prompt
+
+class Distillation(Section):
+    "From whom a student learns, and what."
+    teacher: Model = 'none'                                   # a local folder, a hub id, starter or {url, model, key_env}
+    learn: Literal['answers', 'tokens'] = 'answers'           # its written answers, or its distribution over each next token
+    temperature: Annotated[float, Field(gt=0)] = 1.0          # softens both distributions
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5         # of the teacher's distribution against the row's own answer
+
+# %% ../../nbs/core/sections.ipynb #63a4ef57
+class Forgetting(Section):
+    "What must not be lost, and the remedy."
+    rows: Annotated[int, Field(ge=0)] = 24                    # held-out texts of each kind, read at every evaluation; 0: NOT MEASURED
+    general: list[str] = []                                   # plain text files or globs; empty: the documentation that comes with Python
+    neighbours: list[str] = []                                # files of rows of a neighbouring task; empty: functions and docstrings
+    replay: Share = 0.0                                       # dose: share of each step's rows that come from `replay_rows`
+    replay_rows: list[str] = []                               # files of rows; empty: the neighbouring task's other rows
+
+class Curves(Section):
+    "Short trainings with other settings."
+    learning_rates: list[Annotated[float, Field(gt=0)]] = []
+    ranks: list[Count] = []
+    seeds: Annotated[int, Field(ge=2)] = 3                    # trainings of each setting
+    steps: Count = 20                                         # optimiser steps of each
+
+class Claim(Section):
+    "Curated against raw rows, put to the test."
+    steps: Annotated[int, Field(ge=0)] = 0                    # optimiser steps of each training; 0: the claim is NOT MEASURED
+    seeds: Annotated[int, Field(ge=2)] = 3                    # trainings on each kind of rows
+
+# %% ../../nbs/core/sections.ipynb #12b7f632
 class Train(Section):
     "How the model is trained."
     approach: Literal['auto', 'full', 'lora', 'qlora', 'preference', 'distillation', 'prompt_tuning'] = 'lora'
+    variant: Literal['lora', 'rslora', 'dora'] = 'lora'       # of the adapters
+    rank: Count = 16                                          # width of each adapter
+    virtual_tokens: Count = 20                                # prompt tuning: tokens learned
     max_steps: Annotated[int, Field(ge=0)] = 200              # optimiser steps
     batch_size: Count = 8                                     # rows an optimiser step
-    micro_batch_size: Count | None = None                     # rows a forward pass; None: the whole batch
+    micro_batch_size: Count | None = None                     # rows a forward pass; None: the whole batch, halved when memory runs out
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4       # peak, after warm-up
     warmup_ratio: Share = 0.05                                # share of the steps
-    rank: Count = 16                                          # LoRA: width of each adapter
-    max_tokens: Count = 1024                                  # longest row; longer ones are counted and left out
+    max_tokens: Count = 1024                                  # longest row
+    long_rows: Literal['leave_out', 'truncate'] = 'leave_out' # what happens to longer ones; both are counted
+    max_cut: Share = 0.05                                     # share of rows left out or with a cut answer, above which nothing is trained
     evals: Count = 3                                          # validation losses, the last step's included
     validation_rows: Count = 64                               # rows of each validation loss
+    patience: Count | None = None                             # stop after so many validation losses without a new best; None: never
+    panel_rows: Annotated[int, Field(ge=0)] = 3               # validation rows answered at every evaluation, for people to read
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'    # auto: bf16 where the hardware is good at it
+    packing: Literal['auto', 'off'] = 'auto'                  # auto: no padding and a shared prefix once, where that is exact
+    spike: Annotated[float, Field(gt=1)] | None = 4.0         # times the usual loss at which training stops; None: only NaN does
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0   # between checkpoints, beside those at each validation
+    processes: Count = 1                                      # on this machine; more: one for each GPU
+    parallel: Literal['ddp', 'fsdp'] = 'ddp'                  # several processes: each with the whole model, or with a share
     report_to: list[str] = []                                 # trackers, passed through to transformers
+    preference: Preference = Preference()
+    distillation: Distillation = Distillation()
+    forgetting: Forgetting = Forgetting()
+    curves: Curves = Curves()
+    claim: Claim = Claim()
 
 # %% ../../nbs/core/sections.ipynb #74fc3f83
 class Evaluate(Section):
