@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNT_ALL', 'LightTokenizer', 'open_tokenizer', 'Lengths', 'lengths_shown', 'lengths', 'over_length']
 
-# %% ../../nbs/1_curation/length.ipynb #efd8bd0e
+# %% ../../nbs/1_curation/length.ipynb #ba690637
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from typing import Any
 from ..core.files import BadInput, read_json
 from ..core.rows import Row
 from ..core.show import BLUE, GREY, Shown, canvas, figure, join, say, table
+from ..model.starter import STARTER, fetch_starter
 
 # %% ../../nbs/1_curation/length.ipynb #b17ea67d
 def _environment():
@@ -67,7 +68,7 @@ class LightTokenizer:
         coded = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return _Encoded(input_ids=coded.ids, offset_mapping=coded.offsets)
 
-# %% ../../nbs/1_curation/length.ipynb #f7dfe3d8
+# %% ../../nbs/1_curation/length.ipynb #4520636d
 def _template_of(folder: Path, settings: dict) -> str | None:
     "The chat template that a folder holds, in either of the two places."
     if (folder / 'chat_template.jinja').exists(): return (folder / 'chat_template.jinja').read_text(encoding='utf8')
@@ -77,7 +78,7 @@ def _template_of(folder: Path, settings: dict) -> str | None:
 
 def open_tokenizer(base_model: str, folder: str | Path = '.') -> Any:
     "The tokenizer of a base model: light where the folder allows it, else transformers'; raises BadInput."
-    local = Path(folder) / Path(base_model).expanduser()
+    local = fetch_starter() if base_model == STARTER else Path(folder) / Path(base_model).expanduser()
     if not local.is_dir() and base_model.startswith(('.', '/', '~')): raise BadInput(f'base_models: {base_model}: no such folder ({local}); name `starter`, a folder or a hub id such as owner/model')
     if not local.is_dir():
         from finetune_nb.model.loading import resolve
