@@ -5,12 +5,14 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,12 +23,9 @@ def cli(*words, cwd=None, timeout=600, input=None, **env):
                           input=input, capture_output=True, text=True, env={**os.environ, **env})
 
 
-@pytest.hookimpl(tryfirst=True)   # before the workers read the groups
 def pytest_collection_modifyitems(items):
-    "Tests that read the one complete run go to one worker, so that it is made once; slow tests begin first."
-    items.sort(key=lambda item: item.path.name == 'test_notebooks.py')
-    for item in items:
-        if 'complete_run' in item.fixturenames: item.add_marker(pytest.mark.xdist_group('complete run'))
+    "Tests that read the one complete run begin, so that one worker has them; the many small ones come last."
+    items.sort(key=lambda item: ('complete_run' not in item.fixturenames, item.path.name == 'test_notebooks.py'))
 
 
 def public_data(name: str) -> Path:
@@ -67,9 +66,15 @@ def recipe_of(tiny_model):
 
 @pytest.fixture(scope='session')
 def complete_run(recipe_of, tmp_path_factory):
-    "One complete run on the tiny model, shared by the tests that only read."
-    home = tmp_path_factory.mktemp('complete')
-    judge = {'model': 'likelihood', 'sample': 20, 'exam_rows': 8}
-    done = cli('run', recipe_of(home / 'recipe', judge=judge), '--name', 'whole', '--reports', home / 'reports')
-    assert done.returncode == 0, done.stdout + done.stderr
-    return home / 'reports' / 'whole', done
+    "One complete run on the tiny model, shared by the tests that only read, and made by whichever worker comes first."
+    home = tmp_path_factory.getbasetemp().parent / f'complete-{os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())}'
+    home.mkdir(exist_ok=True)
+    said = home / 'said.json'
+    with FileLock(home / 'lock'):
+        if not said.is_file():
+            judge = {'model': 'likelihood', 'sample': 20, 'exam_rows': 8}
+            done = cli('run', recipe_of(home / 'recipe', judge=judge), '--name', 'whole', '--reports', home / 'reports')
+            said.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+    code, out, err = json.loads(said.read_text())
+    assert code == 0, out + err
+    return home / 'reports' / 'whole', subprocess.CompletedProcess([], code, out, err)

@@ -110,7 +110,7 @@ def _is_path(name: str, folder: Path) -> bool:
     "Whether a base model's name is a folder: it looks like a path, or is one beside the recipe."
     return name.startswith(('.', '/', '~')) or (folder / name).is_dir()
 
-# %% ../../nbs/core/recipe.ipynb #9c165b5a
+# %% ../../nbs/core/recipe.ipynb #67a886e4
 def _move_files(tree: dict, moved: typing.Callable[[str], str]) -> None:
     "Rewrite every other path in a recipe's plain values."
     data, answers = tree['data'], tree['data']['answers']
@@ -119,8 +119,11 @@ def _move_files(tree: dict, moved: typing.Callable[[str], str]) -> None:
     if tree['judge']['human']: tree['judge']['human'] = moved(tree['judge']['human'])
     data['benchmarks'] = [moved(path) for path in data['benchmarks']]
     tree['generate']['documents'] = [moved(path) for path in tree['generate']['documents']]
+    forgetting, preference = tree['train']['forgetting'], tree['train']['preference']
+    for key in ('general', 'neighbours', 'replay_rows'): forgetting[key] = [moved(path) for path in forgetting[key]]
+    if '.py:' in (preference['reward'] or ''): preference['reward'] = moved(preference['reward'])
 
-# %% ../../nbs/core/recipe.ipynb #9c65833a
+# %% ../../nbs/core/recipe.ipynb #ce46f76f
 def resolved(recipe: Recipe,
              folder: str | Path,   # where the copy will lie
             ) -> dict:             # plain values, every default written out
@@ -135,6 +138,7 @@ def resolved(recipe: Recipe,
         return path if (path := moved(name)).startswith('.') else f'./{path}'
     tree['base_models'] = [model(name) for name in tree['base_models']]
     for section in ('judge', 'generate'): tree[section]['model'] = model(tree[section]['model'])
+    tree['train']['distillation']['teacher'] = model(tree['train']['distillation']['teacher'])
     tree['data']['near_duplicates']['semantic'] = model(tree['data']['near_duplicates']['semantic'])
     return tree
 

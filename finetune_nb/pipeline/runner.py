@@ -6,7 +6,7 @@
 __all__ = ['DONE', 'FAILED', 'BAD_INPUT', 'BLOCKED', 'NOT_BETTER', 'INTERRUPTED', 'Ending', 'check_recipe', 'span', 'locked',
            'set_state', 'run_stage', 'run_pipeline', 'finish_dead']
 
-# %% ../../nbs/pipeline/runner.ipynb #92b73ec2
+# %% ../../nbs/pipeline/runner.ipynb #9504c958
 import fcntl
 import os
 import signal
@@ -25,7 +25,7 @@ from ..core.run import STAGES, Run, find_run
 from .estimate import forecast
 from .execute import execute
 from .provenance import provenance
-from .stages import (TABLE, Stage, clear_stage, is_fresh, made_files, missing_outputs, raw_files, read_record, stage_key,
+from .stages import (TABLE, Stage, clear_stage, is_fresh, made_files, missing_outputs, raw_files, read_record, training_files, stage_key,
                                          stage_notebook, the_stage, write_record)
 from ..report.collect import blocking, headline, peek, read_gates, read_verdict, state_path
 
@@ -39,12 +39,12 @@ class Ending:
     status: str       # complete | blocked | failed
     message: str = '' # why, in words
 
-# %% ../../nbs/pipeline/runner.ipynb #198d4f16
+# %% ../../nbs/pipeline/runner.ipynb #91ef0d0b
 def check_recipe(recipe: Recipe) -> None:
     "Raise BadInput for what the recipe's types cannot see."
     from finetune_nb.curation.gates import check_thresholds
     check_thresholds(recipe.gates)
-    raw_files(Run(recipe.folder, recipe))
+    for files in (raw_files, training_files): files(Run(recipe.folder, recipe))
     for name in recipe.base_models:
         if name.startswith(('.', '/', '~')) and not (recipe.folder / os.path.expanduser(name)).is_dir():
             raise BadInput(f'base_models: {name}: no such folder; paths are relative to the recipe\'s folder')
