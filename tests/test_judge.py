@@ -7,7 +7,7 @@ import pytest
 
 from finetune_nb.core import sections
 from finetune_nb.core.rows import make_row
-from finetune_nb.curation.judge import item_of, judge_rows, load_judgement, objections, open_judge, save_judgement
+from finetune_nb.curation.judge import item_of, judge_rows, judgement_of, objections, open_judge
 
 CITIES = 'Graz Oslo Turin Porto Lyon Ghent Malmo Bergen Basel Split Cork Leeds'.split()
 THINGS = {'parcel': 'It left {c} on day {n} and takes {m} more days to arrive. The carrier calls before it rings at the door.',
@@ -59,7 +59,7 @@ def opened(url, cache=None, **more):
 
 
 @pytest.mark.parametrize('logprobs', [True, False])
-def test_a_judge_that_knows_passes_and_drops(logprobs, tmp_path):
+def test_a_judge_that_knows_passes_and_drops(logprobs):
     from finetune_nb.model.scripted import scripted
     rows = good_rows()
     bad = make_row([turn('user', rows[0]['messages'][0]['content']), turn('assistant', 'The weather in May is mild.')], category='parcel')
@@ -69,8 +69,8 @@ def test_a_judge_that_knows_passes_and_drops(logprobs, tmp_path):
     assert list(objections(found)) == [bad['id']]
     said = found.scores[rows[1]['id']]['response']
     assert said.mode == ('logprob' if logprobs else 'text') and said.value == pytest.approx(0.9 + 0.1 * 0.375 if logprobs else 1, abs=1e-6)
-    save_judgement(found, tmp_path)
-    assert load_judgement(tmp_path).scores == found.scores and load_judgement(tmp_path)._repr_html_() == found._repr_html_()
+    again = judgement_of(json.loads(json.dumps(found.to_dict())))
+    assert again.scores == found.scores and again._repr_html_() == found._repr_html_()
 
 
 def test_a_judge_that_obeys_the_data_is_advisory():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN', 'SHORT', 'LONG_ANSWER', 'MANY_ITEMS', 'MANY_ROWS', 'MANY_SHARE', 'CONTENT', 'MIN_SHARE', 'MIN_WORDS',
-           'MIN_CONTENT', 'MIN_NUMBERS', 'words_of', 'Leak', 'find_leaks', 'leak_table']
+           'MIN_CONTENT', 'MIN_NUMBERS', 'words_of', 'Leak', 'find_leaks']
 
-# %% ../../nbs/1_curation/leak.ipynb #e5ae0448
+# %% ../../nbs/1_curation/leak.ipynb #e9729134
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.rows import Row
-from ..core.show import Shown, table
 from .benchmarks import Item
 from .clean import redact
 
@@ -195,7 +194,7 @@ def _long(search: _Search) -> Iterator[tuple[float, int, int, int, int]]:
         same = len(covered) >= max(MIN_SHARE * of, MIN_WORDS) and search.weighs[covered].sum() >= MIN_CONTENT
         if same and np.isin(numbers, said).sum() >= MIN_NUMBERS * len(numbers): yield len(covered) / of, *_longest(words, said)[::-1], row, item
 
-# %% ../../nbs/1_curation/leak.ipynb #494a9d09
+# %% ../../nbs/1_curation/leak.ipynb #1e3889a5
 def find_leaks(rows: list[Row], items: Sequence[Item]) -> list[Leak]:   # at most one a row, in the order of the rows
     "Rows that hold the prompt or the answer of a benchmark item."
     search, best = _Search(rows, items), {}
@@ -205,9 +204,3 @@ def find_leaks(rows: list[Row], items: Sequence[Item]) -> list[Leak]:   # at mos
         best[row] = max(best.get(row, (0,)), (share, words, -item, place))
     return [Leak(rows[row], search.items[-item].file, search.items[-item].line, search.items[-item].part, _cut_out(search.texts[row], place, words), words, share)
             for row, (share, words, item, place) in sorted(best.items())]
-
-def leak_table(leaks: Sequence[Leak], most: int = 20) -> Shown:
-    "Which rows hold which items, and the words that both have."
-    lines = [leak.to_dict() for leak in leaks[:most]]
-    return table([{'row': f"{d['file']}:{d['line']}", 'item': d['item'], 'part': d['part'], 'share': d['share'], 'words': d['words'], 'span': d['span']} for d in lines],
-                 caption=f'{len(leaks):,} rows hold a benchmark item' + (f', the first {most}' if len(leaks) > most else ''))

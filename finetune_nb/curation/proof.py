@@ -7,7 +7,7 @@ __all__ = ['LOWEST', 'STEP', 'Missed', 'side_by_side', 'join_place', 'Proof', 'p
            'missed_table', 'removed_table', 'overlap_table', 'doubtful_table', 'saved_table', 'proof_sentence',
            'proof_shown']
 
-# %% ../../nbs/1_curation/proof.ipynb #fef8ea4f
+# %% ../../nbs/1_curation/proof.ipynb #72747b01
 from collections import Counter
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
@@ -21,7 +21,7 @@ from ..core.similarity import row_text
 from ..core.statistics import wilson
 from .boilerplate import excused
 from .buckets import distinct
-from .dedup import Found, Near, _contrary, near_duplicates, rank
+from .dedup import Found, Near, contrary_pairs, near_duplicates, rank
 from .minhash import proposal_chance
 from .prints import Prints, fingerprints, overlaps, row_key
 
@@ -97,7 +97,7 @@ def _missed(left: np.ndarray, right: np.ndarray, index: np.ndarray, proposed: np
     recall = tuple(dropped / (dropped + x) if x is not None and dropped + x else None for x in (still[0], still[2], still[1]))
     return Missed(drawn, n, len(left), int(proposed.sum()), float(proposal_chance(index, *bands).sum()), stayed, dropped, still, recall)
 
-# %% ../../nbs/1_curation/proof.ipynb #4ac6ce8c
+# %% ../../nbs/1_curation/proof.ipynb #60aec2a0
 def _sampled(rows: list[Row], prints: Prints, near: Near, drawn: np.ndarray, boilerplate: float) -> tuple[list[dict], Missed]:
     "The curve and the account of what was missed; rows in rank order."
     left, right, index = _neighbours(prints, drawn, LOWEST)
@@ -105,7 +105,7 @@ def _sampled(rows: list[Row], prints: Prints, near: Near, drawn: np.ndarray, boi
     curve, floor = _curve(index, proposed, *near.bands), index >= round(near.threshold - 0.05, 4)
     left, right, index, proposed = left[floor], right[floor], index[floor], proposed[floor]
     pairs = Found(left, right, index, left, 0, 0, near.bands, np.empty((0, 2), np.int64))
-    true = (index >= near.threshold) & ~excused(prints, left, right, boilerplate, lambda i: row_text(rows[i])) & ~_contrary(rows, pairs, near.threshold)
+    true = (index >= near.threshold) & ~excused(prints, left, right, boilerplate, lambda i: row_text(rows[i])) & ~contrary_pairs(rows, pairs, near.threshold)
     dropped = {row_key(row) for row, *_ in near.pairs}
     gone = np.array([key in dropped for key in prints.keys], bool)
     return curve, _missed(left[true], right[true], index[true], proposed[true], gone, len(drawn), near.bands)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['semantic_duplicates', 'semantic_cases', 'semantic_table']
 
-# %% ../../nbs/1_curation/semantic.ipynb #d680b53b
+# %% ../../nbs/1_curation/semantic.ipynb #54ec14df
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..core.files import BadInput
 from ..core.rows import Row
 from ..core.show import Shown, join, say, table
 from ..core.similarity import jaccard, row_text, shingles
-from .dedup import _beside, rank
+from .dedup import rank, taught_beside
 
 # %% ../../nbs/1_curation/semantic.ipynb #17d33b4c
 def _settle_block(alike: np.ndarray, kept: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +28,7 @@ def _settle_block(alike: np.ndarray, kept: int, threshold: float) -> tuple[np.nd
         else: stays[kept + j] = True
     return partner, stays[kept:]
 
-# %% ../../nbs/1_curation/semantic.ipynb #c6dc52f3
+# %% ../../nbs/1_curation/semantic.ipynb #d2949743
 def semantic_duplicates(rows: Sequence[Row],
                         vectors: np.ndarray,         # (rows, dimensions), of length one
                         threshold: float = 0.95,     # cosine similarity
@@ -38,7 +38,7 @@ def semantic_duplicates(rows: Sequence[Row],
     if len(rows) != len(vectors): raise BadInput(f'{len(rows)} rows and {len(vectors)} vectors; one vector a row was expected')
     order = sorted(range(len(rows)), key=lambda i: rank(rows[i]))
     vectors, kinds = np.asarray(vectors, np.float32)[order], {}
-    kind = np.array([kinds.setdefault(repr(_beside(rows[i])), len(kinds)) for i in order], np.int64)
+    kind = np.array([kinds.setdefault(repr(taught_beside(rows[i])), len(kinds)) for i in order], np.int64)
     kept, pairs = np.empty(0, np.int64), []
     for low in range(0, len(order), block):
         here = np.arange(low, min(low + block, len(order)))
@@ -59,12 +59,13 @@ def semantic_cases(pairs: list[tuple[Row, Row, float]],   # as found
     return [{'cosine': round(value, 4), 'words': round(jaccard(shingles(row_text(a), 1), shingles(row_text(b), 1)), 3), 'dropped': place(a), 'kept': place(b),
              'dropped_text': row_text(a)[:300], 'kept_text': row_text(b)[:300]} for a, b, value in chosen]
 
-# %% ../../nbs/1_curation/semantic.ipynb #f0d2ab87
-def semantic_table(cases: list[dict],   # of `semantic_cases`
-                   n: int,              # rows dropped
-                   threshold: float,
+# %% ../../nbs/1_curation/semantic.ipynb #40329cfe
+def semantic_table(told: dict | None,   # model, threshold, dropped and the `semantic_cases`; None: not asked for
                   ) -> Shown:
     "What went for its meaning, and the doubtful cases."
-    lines = [{'cosine': c['cosine'], 'words in common': c['words'], 'dropped': c['dropped'], 'says': c['dropped_text'], 'stayed': c['kept'], 'says instead': c['kept_text']} for c in cases]
-    return join(say(f'{n:,} rows went because a better row means the same (cosine {threshold:g} or more). This is not the near-duplicates\' notion: an encoder judged, not a count of words.'),
+    if not told: return say('Copies in meaning: NOT MEASURED (data.near_duplicates.semantic names no encoder).')
+    lines = [{'cosine': c['cosine'], 'words in common': c['words'], 'dropped': c['dropped'], 'says': c['dropped_text'], 'stayed': c['kept'], 'says instead': c['kept_text']}
+             for c in told['cases']]
+    return join(say(f'{told["dropped"]:,} rows went because a better row means the same to {told["model"]} (cosine {told["threshold"]:g} or more). '
+                    'This is not the near-duplicates\' notion: an encoder judged, not a count of words.'),
                 table(lines, caption='The most doubtful semantic duplicates'))
