@@ -7,7 +7,7 @@ __all__ = ['SIGNED', 'PAIR', 'COUNT', 'NEITHER', 'FILLING', 'EDIT', 'EDGE', 'par
            'places_of', 'sign_part', 'lists', 'bucket_pairs', 'star_pairs', 'second_keys', 'locally_frequent',
            'counted', 'Bar', 'contrary', 'verify', 'settle_stream', 'write_kept']
 
-# %% ../../nbs/1_curation/pieces.ipynb #e6d9348e
+# %% ../../nbs/1_curation/pieces.ipynb #cf86f0d8
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..core.files import BadInput, located
 from ..core.rows import Row, content_id
 from ..core.similarity import jaccard, row_text, shingles
 from .boilerplate import LEFT_OF_FORM, OWN_ALIKE, take_apart
-from .buckets import ODD, all_pairs, band_keys, distinct, star_pairs
+from .buckets import ODD, all_pairs, band_keys, distinct, stars_of
 from .dedup import normal_text, rank, taught_beside
 from .minhash import PERMUTATIONS, fingerprint, run_hashes, word_hashes
 from .prints import Prints, overlaps
@@ -97,12 +97,12 @@ def bucket_pairs(buckets: pa.LargeListArray) -> pa.LargeListArray:   # lists of 
     found = [np.empty((2, 0), np.uint64), *(np.stack(pair) for pair in all_pairs(values, np.cumsum(sizes) - sizes, sizes))]
     return _in_first(_pairs(*np.concatenate(found, 1)), len(buckets))
 
-# %% ../../nbs/1_curation/pieces.ipynb #3bd99196
+# %% ../../nbs/1_curation/pieces.ipynb #d8f5bf0a
 def star_pairs(buckets: pa.LargeListArray) -> pa.LargeListArray:   # lists of rank keys
     "Of each bucket the pairs of every row with the best, and with the one before it."
     ordered = [sorted(bucket) for bucket in buckets.to_pylist()]
     sizes = np.fromiter(map(len, ordered), np.int64, len(ordered))
-    return _in_first(_pairs(*star_pairs(places_of(key for bucket in ordered for key in bucket), np.cumsum(sizes) - sizes, sizes)), len(buckets))
+    return _in_first(_pairs(*stars_of(places_of(key for bucket in ordered for key in bucket), np.cumsum(sizes) - sizes, sizes)), len(buckets))
 
 
 def second_keys(keys: pa.LargeListArray) -> pa.LargeListArray:   # lists of a row's keys with over-full buckets
