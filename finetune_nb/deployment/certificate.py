@@ -6,9 +6,10 @@
 __all__ = ['PURPOSE', 'NEAR_TIE', 'NOTHING', 'spread', 'questions', 'load_plainly', 'answer_plainly', 'plain_prompt',
            'ask_server', 'gap_where_they_part', 'certify', 'differences_table', 'certificate_table']
 
-# %% ../../nbs/5_deployment/certificate.ipynb #6655067f
+# %% ../../nbs/5_deployment/certificate.ipynb #ce41d146
 import gc
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,16 +105,16 @@ def _differences(asked: list[dict], answers: list[str], how: str, gap) -> list[d
     return [{'id': q['id'], 'category': q['category'], 'how': how, 'evaluated': q['evaluated'], 'answered': said, 'gap': gap(i, said)}
             for i, (q, said) in enumerate(zip(asked, answers)) if said != q['evaluated']]
 
-# %% ../../nbs/5_deployment/certificate.ipynb #34c224d9
-def _because(rows: int, found: list[dict], broken: list[str], same_template: bool, unlike: int = 0) -> str:
+# %% ../../nbs/5_deployment/certificate.ipynb #46b3d686
+def _because(rows: int, found: list[dict], broken: list[str], same_template: bool, unlike: int = 0, changes: Sequence[str] = ()) -> str:
     "The certificate in one sentence or two."
-    if not rows: return 'No test row was answered in evaluation, so there is nothing to compare.'
+    if not rows and same_template and not broken: return 'No test row was answered in evaluation, so there is nothing to compare.'
     parts = [f'Files differ: {"; ".join(broken)}.'] if broken else []
-    if not same_template: parts.append('The chat template is not the one that training used.')
+    if not same_template: parts.append(f'The chat template is not the one that training used{": " * bool(changes)}{"; ".join(changes[:2])}.')
     ties = sum(d['gap'] is not None and d['gap'] <= NEAR_TIE for d in found)
     if found: parts.append(f'{len(found)} of {2 * rows} answers differ from evaluation, {ties} of them from a near tie on '
                            f'(two tokens within {NEAR_TIE} nats, which the size of a batch can flip).')
-    if not parts: parts.append(f'All {rows} rows were answered as in evaluation, after reloading and through the server.')
+    if not parts and rows: parts.append(f'All {rows} rows were answered as in evaluation, after reloading and through the server.')
     if unlike: parts.append(f'apply_chat_template alone writes {unlike} of the {rows} prompts differently from training (control tokens in '
                             'the text, or tools that the template does not know): send such requests through the server.')
     return ' '.join(parts)
@@ -124,10 +125,11 @@ def _served(package: Path, asked: list[dict], clients: int) -> list[str]:
     from finetune_nb.deployment.serve import package_app, running
     with running(package_app(package)) as url: return ask_server(url, asked, clients)
 
-# %% ../../nbs/5_deployment/certificate.ipynb #844105d7
+# %% ../../nbs/5_deployment/certificate.ipynb #41aee307
 def _reloaded(package: Path, asked: list[dict], served: list[str], batch_size: int) -> dict:
     "What only the plain model can tell: its answers, the prompts' tokens, the template's fingerprint, the gaps."
-    from finetune_nb.model.template import fingerprint, prompt_ids
+    from finetune_nb.model.fingerprint import fingerprint
+    from finetune_nb.model.template import prompt_ids
     model, tokenizer = load_plainly(package)
     prompts = [list(prompt_ids(tokenizer, q['messages'], tools=q['tools'])) for q in asked]
     found: dict[int, str] = {}
@@ -137,7 +139,7 @@ def _reloaded(package: Path, asked: list[dict], served: list[str], batch_size: i
     return {'identical_reloaded': _alike(asked, answers), 'identical_served': _alike(asked, served),
             'prompts_identical': sum(ids == plain_prompt(tokenizer, q) for ids, q in zip(prompts, asked)),
             'differences': _differences(asked, answers, 'reloaded', gap) + _differences(asked, served, 'served', gap),
-            'fingerprint': fingerprint(tokenizer), 'dtype': str(model.dtype).removeprefix('torch.'), 'device': model.device.type}
+            'fingerprint': fingerprint(tokenizer, model.generation_config), 'dtype': str(model.dtype).removeprefix('torch.'), 'device': model.device.type}
 
 # %% ../../nbs/5_deployment/certificate.ipynb #f780e95c
 def _alike(asked: list[dict], answers: list[str]) -> int:
@@ -147,7 +149,14 @@ def _alike(asked: list[dict], answers: list[str]) -> int:
 # %% ../../nbs/5_deployment/certificate.ipynb #343c088e
 NOTHING = {'identical_reloaded': 0, 'identical_served': 0, 'prompts_identical': 0, 'differences': [], 'fingerprint': None}
 
-# %% ../../nbs/5_deployment/certificate.ipynb #67d61095
+# %% ../../nbs/5_deployment/certificate.ipynb #44c2947f
+def _template_changes(package: Path) -> list[str] | None:   # None: nothing was recorded, or the files cannot be read
+    "How the package's template differs from training's."
+    from finetune_nb.model.fingerprint import folder_difference, read_record
+    try: return folder_difference(read_record(package), package)
+    except (OSError, ValueError): return None
+
+# %% ../../nbs/5_deployment/certificate.ipynb #c6fb1fa1
 def certify(package: str | Path,                       # the package
             asked: list[dict],                         # questions with their evaluated answers
             fingerprint_evaluated: str | None = None,  # of the template that training and evaluation used; None: not recorded
@@ -156,16 +165,17 @@ def certify(package: str | Path,                       # the package
            ) -> dict:                                  # the certificate
     "Ask a package again, served and reloaded, and compare with evaluation."
     package, broken, told = Path(package), faults(package), NOTHING
-    if asked and not broken:
+    changes = _template_changes(package)
+    if asked and not broken and not changes:
         served = _served(package, asked, clients)
         gc.collect()
         told = _reloaded(package, asked, served, batch_size)
-    same_template = not asked or bool(broken) or fingerprint_evaluated in (None, told['fingerprint'])
-    unlike = 0 if broken else len(asked) - told['prompts_identical']
+    same_template = not changes and (told is NOTHING or fingerprint_evaluated in (None, told['fingerprint']))
+    unlike = 0 if told is NOTHING else len(asked) - told['prompts_identical']
     clean = not (broken or told['differences']) and same_template
     return {'verdict': 'DIFFERS' if not clean else 'SAME' if asked else 'NOT MEASURED',
-            'because': _because(len(asked), told['differences'], broken, same_template, unlike), 'rows': len(asked), 'manifest_ok': not broken,
-            **told, 'fingerprint_evaluated': fingerprint_evaluated, 'batch_size': batch_size, 'clients': clients}
+            'because': _because(len(asked), told['differences'], broken, same_template, unlike, changes or ()), 'rows': len(asked), 'manifest_ok': not broken,
+            **told, 'template_differences': 'NOT MEASURED' if changes is None else changes, 'fingerprint_evaluated': fingerprint_evaluated, 'batch_size': batch_size, 'clients': clients}
 
 # %% ../../nbs/5_deployment/certificate.ipynb #3925d688
 def differences_table(certificate: dict, most: int = 10) -> Shown:
@@ -174,11 +184,13 @@ def differences_table(certificate: dict, most: int = 10) -> Shown:
              'gap in nats': 'NOT MEASURED' if d['gap'] is None else d['gap']} for d in certificate['differences'][:most]]
     return table(rows, caption=f'Answers that differ ({len(certificate["differences"])}); a gap near 0 is a near tie')
 
-# %% ../../nbs/5_deployment/certificate.ipynb #86168e50
+# %% ../../nbs/5_deployment/certificate.ipynb #1251d8d4
 def certificate_table(certificate: dict) -> Shown:
     "What was compared, and how many were identical."
     of = lambda key: f'{certificate[key]} of {certificate["rows"]}'
-    lines = {'verdict': certificate['verdict'], 'files as written': certificate['manifest_ok'], 'prompts that apply_chat_template writes as training did': of('prompts_identical'),
+    template = certificate.get('template_differences', 'NOT MEASURED')
+    lines = {'verdict': certificate['verdict'], 'files as written': certificate['manifest_ok'],
+             'chat template as in training': template if isinstance(template, str) else 'no: ' + template[0] if template else True, 'prompts that apply_chat_template writes as training did': of('prompts_identical'),
              'answers identical, reloaded by plain transformers': of('identical_reloaded'),
              f'answers identical, served to {certificate["clients"]} clients at once': of('identical_served')}
     return facts(lines, 'Does the package answer as the model that was evaluated?')

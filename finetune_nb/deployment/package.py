@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FACTS', 'write_manifest', 'read_manifest', 'faults', 'verify', 'package_of', 'common_system', 'plain',
-           'package_facts', 'write_package', 'files_of', 'load_package']
+           'package_facts', 'check_folder', 'write_package', 'files_of', 'load_package']
 
 # %% ../../nbs/5_deployment/package.ipynb #19a047bf
 import os
@@ -116,14 +116,25 @@ def _replace(made: Path, target: Path) -> None:
     made.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
 
-# %% ../../nbs/5_deployment/package.ipynb #6b2760aa
+# %% ../../nbs/5_deployment/package.ipynb #a3d812a6
+def check_folder(package: str | Path,              # a package
+                 name: str | Path | None = None,   # what errors call it; None: the package itself
+                ) -> str:                          # SAME | NOT MEASURED
+    "Compare a package's template and generation settings with training's record; raises TemplateChanged with the difference."
+    from finetune_nb.model.fingerprint import folder_check, read_record
+    place = Path(name or package).resolve().parent
+    trained = read_record(place.parent / 'training') if place.name == 'deployment' else None   # a package in its run
+    return folder_check(package, trained or read_record(package), str(name or package))
+
+# %% ../../nbs/5_deployment/package.ipynb #7d6197d3
 def write_package(loaded,                          # model and tokenizer, in the precision that was evaluated
                   facts: dict,                     # what the card says; see the card chapter
                   target: str | Path,              # the folder
                   max_new_tokens: int,             # longest answer, as in evaluation
                   base_path: Path | None = None,   # where the base lies, for its licence files
+                  template: dict | None = None,    # training's record of the chat template; see the fingerprint chapter
                  ) -> Path:                        # the folder
-    "Write a package: whole or absent."
+    "Write a package: whole or absent; raises TemplateChanged when it would not hold the template that was trained."
     target = Path(target)
     making = target.with_name(f'.{target.name}.new-{os.getpid()}')
     shutil.rmtree(making, ignore_errors=True)
@@ -133,6 +144,8 @@ def write_package(loaded,                          # model and tokenizer, in the
         write_atomic(making / 'README.md', card(facts))
         _save_licence(facts['base'], base_path, making)
         write_json(making / FACTS, _sidecar(facts, max_new_tokens))
+        if template: write_json(making / 'template.json', template)
+        check_folder(making, target)
         write_manifest(making)
         _replace(making, target)
     finally: shutil.rmtree(making, ignore_errors=True)
@@ -151,12 +164,13 @@ def files_of(package: str | Path) -> list[dict]:   # file, bytes, sha256
     package = Path(package)
     return [{'file': name, 'bytes': (package / name).stat().st_size, 'sha256': checksum} for name, checksum in read_manifest(package).items()]
 
-# %% ../../nbs/5_deployment/package.ipynb #6afede91
+# %% ../../nbs/5_deployment/package.ipynb #aef21ace
 def load_package(folder: str | Path,   # a run's folder or a package
                 ) -> tuple:            # model and tokenizer; what the package says about itself; its folder
     "A checked package; raises BadInput when it is damaged."
     from finetune_nb.model.loading import load_model
     package = package_of(folder)
+    check_folder(package)
     verify(package)
     config = read_json(package / 'config.json')
     return load_model(str(package.resolve()), dtype=config.get('dtype') or config.get('torch_dtype') or 'auto'), package_facts(package), package

@@ -110,14 +110,15 @@ def served_rows(log: Path) -> list[dict]:   # row, seconds, tokens, status
     return [{'row': row['finetune_nb.metadata']['row'], 'seconds': row['gen_ai.server.request.duration'],
              'tokens': row['gen_ai.usage.output_tokens'], 'status': row['finetune_nb.status']} for row in rows]
 
-# %% ../../nbs/5_deployment/release.ipynb #c6f8e2b9
+# %% ../../nbs/5_deployment/release.ipynb #566af908
 def _package(run: Run, curated: Any, tuned: Any, verdict: Any) -> Path:
     "Write the run's package."
+    from finetune_nb.model.fingerprint import read_record
     from finetune_nb.model.loading import resolve
     from finetune_nb.training.tuned import load_tuned
     ref = resolve(tuned.base, run.folder)
     return write_package(load_tuned(run.folder), run_facts(run, curated, tuned, verdict, ref), run.path('deployment', 'package'),
-                         run.recipe.evaluate.max_new_tokens, Path(ref.path))
+                         run.recipe.evaluate.max_new_tokens, Path(ref.path), read_record(run.path('training')))
 
 # %% ../../nbs/5_deployment/release.ipynb #449b9c8b
 def release(run: Run,       # the run; its folder receives deployment/

@@ -6,7 +6,7 @@
 __all__ = ['JSON_METRICS', 'OWN_METRICS', 'pick_rows', 'nearest_answers', 'parsed', 'metric_names', 'text_scores', 'answers',
            'predictions', 'evaluate']
 
-# %% ../../nbs/4_evaluation/compare.ipynb #2e608dd0
+# %% ../../nbs/4_evaluation/compare.ipynb #88f38125
 import gc
 import json
 import math
@@ -19,6 +19,7 @@ from ..core.recipe import nearest as nearest_name
 from ..core.rows import Row, answer, column, prompt_messages, prompt_text
 from ..core.run import Run
 from .verdict import LOWER_IS_BETTER, Verdict, conclude
+from ..model.fingerprint import check_template, read_record
 from ..model.generate import generate
 from ..model.likelihood import answer_nll
 from ..model.loading import load_model
@@ -130,7 +131,13 @@ def predictions(rows: Sequence[Row],         # test rows
              'tokens': {who: got[i]['tokens'] for who, got in answered.items()},
              'prompt_cut': max(got[i]['truncated'] for got in answered.values())} for i, row in enumerate(rows)]
 
-# %% ../../nbs/4_evaluation/compare.ipynb #8a5a5e87
+# %% ../../nbs/4_evaluation/compare.ipynb #52c1dc58
+def _verified(loaded, run: Run, who: str):
+    "The model, if its template is the one that training recorded; raises TemplateChanged."
+    check_template(read_record(run.path('training')), loaded.tokenizer, where=f'the {who} model')
+    return loaded
+
+# %% ../../nbs/4_evaluation/compare.ipynb #667de918
 def evaluate(run: Run,     # open run
              curated,      # stage 1: train and test rows
              choice,       # stage 2: the base
@@ -141,10 +148,9 @@ def evaluate(run: Run,     # open run
     rows = pick_rows(curated.test, recipe.evaluate.max_rows, run.seed('evaluation', 'rows'))
     metrics = metric_names(recipe.evaluate.metric, [answer(row) for row in rows])
     answered = {}
-    if rows:
-        answered['base'] = answers(load_model(choice.base, dtype=tuned.ships_in, folder=recipe.folder), rows, recipe, 'base answers')
-        _give_back()
-        answered['tuned'] = answers(load_tuned(run.folder, dtype=tuned.ships_in), rows, recipe, 'tuned answers')
+    loaders = {'base': lambda: load_model(choice.base, dtype=tuned.ships_in, folder=recipe.folder), 'tuned': lambda: load_tuned(run.folder, dtype=tuned.ships_in)}
+    for who, load in loaders.items() if rows else ():
+        answered[who] = answers(_verified(load(), run, who), rows, recipe, f'{who} answers')
         _give_back()
     made = predictions(rows, answered, nearest_answers(curated.train, rows), metrics, recipe.data.splits.group) if rows else []
     return conclude(made, metrics, recipe.evaluate.max_new_tokens, run.seed('evaluation', 'bootstrap'))

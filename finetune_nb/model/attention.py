@@ -143,7 +143,7 @@ def packed_inputs(layout: Layout) -> dict[str, Any]:
     nothing = torch.empty(1, 1, 0, 0, device=layout.ids.device)
     return {'input_ids': layout.ids, 'position_ids': layout.positions, 'attention_mask': nothing, 'layout': layout, 'use_cache': False}
 
-# %% ../../nbs/model/attention.ipynb #be82c286
+# %% ../../nbs/model/attention.ipynb #9d8080b5
 @contextmanager
 def attending_packed(decoder: nn.Module) -> Iterator[None]:
     "Within it, the model attends by `attend`."
@@ -151,7 +151,8 @@ def attending_packed(decoder: nn.Module) -> Iterator[None]:
     config._attn_implementation = PACKED
     try: yield
     finally:
-        if not (decoder.training and getattr(decoder, 'is_gradient_checkpointing', False)): config._attn_implementation = was
+        if not (decoder.training and any(getattr(module, 'gradient_checkpointing', False) for module in decoder.modules())):
+            config._attn_implementation = was
 
 # %% ../../nbs/model/attention.ipynb #6a814cad
 _CAUSAL = {'full_attention', 'sliding_attention', 'chunked_attention'}

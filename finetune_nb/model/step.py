@@ -151,14 +151,43 @@ def _scores(head: Any | None, values: Tensor) -> Tensor:
 def _slice_losses(head: Any | None, values: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(_scores(head, values), labels, reduction='none')
 
-# %% ../../nbs/model/step.ipynb #6345d29d
+# %% ../../nbs/model/step.ipynb #04a631b1
+class _FrozenLosses(torch.autograd.Function):
+    "Losses of hidden states (n, size) under a frozen output matrix; their gradient is ready when they are."
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, labels: Tensor, head: nn.Linear, slice_: int) -> Tensor:
+        losses, slopes = [], []
+        pieces = -(-len(labels) // slice_)   # equal ones: a short rest would read the whole matrix for a few rows
+        for part, label in zip(values.chunk(pieces), labels.chunk(pieces)):
+            scores = _scores(head, part)
+            right = scores.gather(1, label[:, None])
+            most = scores.amax(1, keepdim=True)
+            total = scores.sub_(most).exp_().sum(1, keepdim=True)
+            losses.append((total.log() + most - right)[:, 0])
+            if not ctx.needs_input_grad[0]: continue
+            shares = scores.div_(total).scatter_add_(1, label[:, None], torch.full_like(right, -1))
+            kind = product_dtype(part)
+            slopes.append((shares.to(kind) @ head.weight.to(kind)).to(part.dtype))
+        ctx.save_for_backward(*slopes)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        slopes = torch.cat(ctx.saved_tensors)
+        return slopes * grad[:, None].to(slopes.dtype), None, None, None
+
+# %% ../../nbs/model/step.ipynb #c50ce3d1
 def token_losses(model: Any,           # plain, with adapters or wrapped
                  batch: Batch,         # on the model's device
-                 slice_: int = 2048,   # positions whose scores are held at once
+                 slice_: int | None = None,   # positions whose scores are held at once; None: 512 on a processor, else 2,048
                 ) -> Tensor:           # nats, one a trained token, row by row
     "Cross-entropy of every trained token, in float32."
     values, labels, head = _read(model, batch)
-    if head is None or len(labels) <= slice_: return _slice_losses(head, values, labels)
+    slice_ = slice_ or (512 if values.device.type == 'cpu' else 2048)
+    if head is None or not len(labels): return _slice_losses(head, values, labels)
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()): return _FrozenLosses.apply(values, labels, head, slice_)
+    if len(labels) <= slice_: return _slice_losses(head, values, labels)
     return torch.cat([checkpoint(_slice_losses, head, *piece, use_reentrant=False) for piece in zip(values.split(slice_), labels.split(slice_))])
 
 # %% ../../nbs/model/step.ipynb #5ab75706

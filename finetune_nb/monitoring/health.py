@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['signals', 'Health', 'counted', 'drifted', 'novelty_figure', 'examine', 'monitor', 'monitor_log']
 
-# %% ../../nbs/6_monitoring/health.ipynb #8a878063
+# %% ../../nbs/6_monitoring/health.ipynb #9eeca610
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..core.run import Run
 from ..core.show import BLUE, GREY, ORANGE, Shown, canvas, facts, figure, join, number, table, text_block
 from .drift import judged, length_gap, looked_up, mean_gap, mix_gap, signal, strangeness
 from .log import Log, count, label_of, latency, prompt_of, read_log, traffic
+from .served import UNKNOWN, template_finding
 from .worklist import COLLECTED, answers_are_json, collected, next_recipe, worklist
 
 # %% ../../nbs/6_monitoring/health.ipynb #23c04b6c
@@ -65,7 +66,7 @@ def signals(log: Log,
     odd = iter(strangeness(held_far, far) if held_far and far else [None] * len(asked))
     return judged(panel, alpha), [next(odd) if prompt_of(request) else None for request in log.requests]
 
-# %% ../../nbs/6_monitoring/health.ipynb #9d3dc55b
+# %% ../../nbs/6_monitoring/health.ipynb #9642dc67
 @dataclass(frozen=True)
 class Health:
     "What monitoring found; `folder` is the run's."
@@ -78,12 +79,13 @@ class Health:
     worklist: list[dict] = field(default_factory=list, repr=False)
     collected: list[dict] = field(default_factory=list, repr=False)   # rows for the next run
     next_recipe: str = field(default='', repr=False)                  # YAML
+    template: dict = field(default_factory=lambda: dict(UNKNOWN))     # is what is served written as in training? see the served chapter
 
     def save(self, folder: str | Path) -> None:
         "Write drift.json, worklist.jsonl, next_recipe.yaml and the collected rows into the run's monitoring folder."
         home = Path(folder) / 'monitoring'
         said = asdict(self)
-        write_json(home / 'drift.json', {key: said[key] for key in ('verdict', 'because', 'counts', 'latency', 'drift', 'strange')})
+        write_json(home / 'drift.json', {key: said[key] for key in ('verdict', 'because', 'counts', 'latency', 'drift', 'strange', 'template')})
         write_jsonl(home / 'worklist.jsonl', self.worklist)
         write_jsonl(home / COLLECTED, self.collected)
         write_atomic(home / 'next_recipe.yaml', self.next_recipe)
@@ -119,11 +121,12 @@ def _because(log: Log, panel: Sequence[dict], listed: int) -> str:
     worst = max(s['detectable'] for s in panel if s['detectable'])
     return f'{n} requests look like the training data. A shift of less than {worst:.2f} standard deviations may be missed. {todo}'
 
-# %% ../../nbs/6_monitoring/health.ipynb #cb1ae0ee
+# %% ../../nbs/6_monitoring/health.ipynb #6415db9f
 def counted(health: Health) -> Shown:
     "Requests, faults and latency."
     stand_in = " (the certificate's own, as a rehearsal: no other was logged)" if health.counts['rehearsal'] else ''
     lines = {'requests': f'{health.counts["requests"]:,}{stand_in}'}
+    lines['chat template, against training'] = health.template['verdict']
     for kind in ('error', 'cut', 'empty'):
         fault = health.counts[kind]
         lines[kind] = f'{fault["n"]}' if fault['share'] is None else f'{fault["n"]} ({fault["low"]:.1%} to {fault["high"]:.1%})'
@@ -156,16 +159,24 @@ def novelty_figure(strange: Sequence[float | None],   # one share a request: `He
     odd = sum(p <= alpha for p in seen)
     return figure(fig, f'{odd} of {len(seen)} requests are stranger than {1 - alpha:.0%} of held-out rows; {alpha * len(seen):.0f} expected.')
 
-# %% ../../nbs/6_monitoring/health.ipynb #9972485b
+# %% ../../nbs/6_monitoring/health.ipynb #fb8b881a
+def _template_first(template: dict) -> str:
+    "What is wrong with the template, a sentence or nothing."
+    if template['verdict'] != 'CHANGED': return ''
+    return f'The chat template is not the one that training used ({"; ".join(template["differences"][:2])}); put it back first. Then: '
+
+# %% ../../nbs/6_monitoring/health.ipynb #8d129efe
 def examine(log: Log, run: Run, train: Sequence[Row], validation: Sequence[Row]) -> Health:
     "A log against a run's data."
     log, alpha = traffic(log), run.recipe.monitor.alpha
     panel, strange = signals(log, train, validation, run.seed('monitoring', 'permutation'), alpha)
     expect_json = answers_are_json(train)
     listed, rows = worklist(log, strange, expect_json, alpha), collected(log, expect_json)
-    because = _because(log, panel, len(listed))
-    recipe = next_recipe(run.recipe, run.path('monitoring'), len(rows), listed, f'{_word(panel)}: {because}')
-    return Health(_word(panel), because, count(log), latency(log), panel, strange, listed, rows, recipe)
+    template = template_finding(run.folder, log.requests, any(row.get('tools') for row in train))
+    changed = template['verdict'] == 'CHANGED'
+    word, because = 'CHANGED' if changed else _word(panel), _template_first(template) + _because(log, panel, len(listed))
+    recipe = next_recipe(run.recipe, run.path('monitoring'), len(rows), listed, f'{word}: {because}')
+    return Health(word, because, count(log), latency(log), panel, strange, listed, rows, recipe, template)
 
 # %% ../../nbs/6_monitoring/health.ipynb #e5ba7771
 def monitor(run: Run,    # open run; the log is deployment/requests.jsonl

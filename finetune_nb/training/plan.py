@@ -5,71 +5,147 @@
 # %% auto #0
 __all__ = ['Plan', 'make_plan']
 
-# %% ../../nbs/3_training/plan.ipynb #8e607777
+# %% ../../nbs/3_training/plan.ipynb #62ace596
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.files import digest, sha256_file
+from ..core.files import BadInput, digest, read_json, sha256_file
 from ..core.recipe import Recipe, Train
 from ..core.rows import Row
 from ..core.run import Run
-from ..model.batches import plan_batches
+from ..model.batches import encode, plan_batches
+from ..model.fingerprint import template_record
 from ..model.loading import ModelRef, load_tokenizer, resolve
-from ..model.template import Rendered, fingerprint
-from .approaches import pick_approach
-from .masks import fit_rows, mask_account, preflight
+from ..model.template import Rendered
+from .aims import aim_of, check_aim, items_of
+from .approaches import pick_approach, training_tokenizer
+from .evidence import seen_batches
+from .heldout import HeldOut, held_out
+from .masks import fit_rows, mask_account
+from .objective import Answers
+from .panel import choose_panel
+from .preflight import Preflight, preflight
+from .replay import mix_replay, replay_rows
+from .taught import Taught, ask_teacher
 
-# %% ../../nbs/3_training/plan.ipynb #e4dacc51
+# %% ../../nbs/3_training/plan.ipynb #f00ef374
 @dataclass(frozen=True)
 class Plan:
     "A training, ready to start."
     approach: str
     ref: ModelRef                     # the base, found on disk
     settings: Train
-    rows: list[Row]                   # training rows that fit
-    rendered: list[Rendered]          # the same as tokens and masks
-    items: list[Any]                  # what the objective collates: rendered rows, or pairs of them
+    goal: str                         # the recipe's, for a prompt to start from
+    tokenizer: Any = field(repr=False)
+    rows: list[Row]                   # training rows that fit, then replayed ones
+    rendered: list[Rendered]          # the same as tokens and masks; of a pair the preferred answer
+    items: list[Any]                  # what the objective collates
     steps: list[list[int]]            # items of each optimiser step
     checked: list[Row]                # validation rows that fit
     validation: list[list[Any]]       # items of each validation batch
     masks: dict[str, Any]
+    preflight: Preflight              # what was checked
+    template: dict[str, Any]          # how the template renders, for whoever uses the model later
+    held: HeldOut                     # what forgetting is measured on
+    panel: list[Row]                  # validation rows that are answered at every evaluation
+    taught: Taught | None             # of a teacher's written answers
     stamp: str                        # what this training is; checkpoints of another are not read
     pad_id: int
     seed: int
 
-# %% ../../nbs/3_training/plan.ipynb #7185be2e
-def _stamp(ref: ModelRef, recipe: Recipe, approach: str, rows: Sequence[Row], validation: Sequence[Row], template: str) -> str:
+# %% ../../nbs/3_training/plan.ipynb #b3f73cd1
+_NO_NUMBER = ('report_to', 'checkpoint_minutes', 'spike', 'processes', 'parallel', 'micro_batch_size', 'curves', 'claim')
+
+def _stamp(ref: ModelRef, recipe: Recipe, approach: str, ids: list[list[str]], template: str) -> str:
     "Digest of everything that the numbers of a training depend on."
-    settings = recipe.train.model_dump() | {'approach': approach, 'report_to': None}
+    settings = {key: value for key, value in recipe.train.model_dump().items() if key not in _NO_NUMBER} | {'approach': approach}
     weights = {file.name: sha256_file(file) for file in sorted(ref.path.glob('*.safetensors'))}
-    return digest([settings, recipe.seed, weights, template, [row['id'] for row in rows], [row['id'] for row in validation]])[:16]
+    return digest([settings, recipe.seed, weights, template, ids])[:16]
 
-def _step_plan(rendered: list[Rendered], settings: Train, seed: int) -> list[list[int]]:
-    "The rows of each optimiser step, as many epochs as it takes."
+def _step_plan(items: list[Any], settings: Train, seed: int) -> list[list[int]]:
+    "The items of each optimiser step, as many epochs as it takes."
     if not settings.max_steps: return []
-    epochs = -(-settings.max_steps // -(-len(rendered) // settings.batch_size))
-    return list(plan_batches([len(r.ids) for r in rendered], settings.batch_size, seed, epochs))[:settings.max_steps]
+    epochs = -(-settings.max_steps // -(-len(items) // settings.batch_size))
+    return list(plan_batches([len(item) for item in items], settings.batch_size, seed, epochs))[:settings.max_steps]
 
-# %% ../../nbs/3_training/plan.ipynb #aaa6adf5
-def _validation_batches(rendered: list[Rendered], settings: Train) -> list[list[Rendered]]:
-    "At most `validation_rows` rows, evenly taken, in batches of like length."
-    every = max(1, -(-len(rendered) // settings.validation_rows))
-    chosen = sorted((r for r in rendered[::every] if any(r.trained)), key=lambda r: len(r.ids))
+# %% ../../nbs/3_training/plan.ipynb #cc4309bc
+def _validation_batches(items: list[Any], settings: Train) -> list[list[Any]]:
+    "At most `validation_rows` items, evenly taken, in batches of like length."
+    every = max(1, -(-len(items) // settings.validation_rows))
+    chosen = sorted((item for item in items[::every] if not isinstance(item, Rendered) or any(item.trained)), key=len)
     size = settings.micro_batch_size or settings.batch_size
     return [chosen[i:i + size] for i in range(0, len(chosen), size)]
 
-# %% ../../nbs/3_training/plan.ipynb #7f4cca33
-def make_plan(run: Run, curated: Any, choice: Any) -> Plan:
-    "Count, check and order what will be trained; raises BadInput before anything is loaded."
+# %% ../../nbs/3_training/plan.ipynb #38beb143
+@dataclass(frozen=True)
+class _Steps:
+    "Rows, items and their order."
+    rows: list[Row]
+    rendered: list[Rendered]
+    items: list[Any]
+    steps: list[list[int]]
+    left: list[dict]
+
+def _plain(items: Sequence[Any]) -> list[Rendered]:
+    "Each item as one row of tokens: of a pair the preferred answer."
+    return [getattr(item, 'chosen', item) for item in items]
+
+def _in_order(tokenizer: Any, rows: Sequence[Row], held: HeldOut, settings: Train, approach: str, seed: int) -> _Steps:
+    "The rows that fit, replayed ones after them, and who comes when."
+    kept, items, left = items_of(tokenizer, rows, settings, approach)
+    steps, dose = _step_plan(items, settings, seed) if items else [], settings.forgetting.replay
+    if not dose or not steps: return _Steps(kept, _plain(items), items, steps, left)
+    if aim_of(approach, settings) != 'answers':
+        raise BadInput('train.forgetting.replay: replayed rows are answers, and this approach learns from something else; set it to 0')
+    again, ones, _ = fit_rows(tokenizer, replay_rows(held, steps, dose), settings.max_tokens, settings.long_rows)
+    mixed = mix_replay(steps, range(len(items), len(items) + len(ones)), dose, seed)
+    return _Steps([*kept, *again], [*_plain(items), *ones], [*items, *ones], mixed, left)
+
+# %% ../../nbs/3_training/plan.ipynb #557af90d
+def _vocabulary(ref: ModelRef) -> int | None:
+    "Rows of the base's embedding; None where its configuration does not say."
+    config = read_json(ref.path / 'config.json')
+    return (config.get('text_config') or config).get('vocab_size')
+
+def _checked(tokenizer: Any, made: _Steps, settings: Train, ref: ModelRef, approach: str) -> Preflight:
+    "Look at every row in its batch; raises PreflightFailed."
+    rendered = made.rendered
+    if approach == 'prompt_tuning':   # the learned prompt stands even before the first token; checked is what the base's own template writes
+        tokenizer = load_tokenizer(ref.path)
+        rendered = encode(tokenizer, made.rows, settings.max_tokens)
+    batches = seen_batches(rendered, Answers(tokenizer.pad_token_id).collate, made.steps, settings.micro_batch_size or settings.batch_size)
+    return preflight(tokenizer, made.rows, rendered, batches, settings, made.left, _vocabulary(ref))
+
+def _answers_of(run: Run, rows: Sequence[Row], approach: str) -> tuple[Sequence[Row], Taught | None]:
+    "The rows with whose answers they are trained on: their own, or a teacher's."
+    recipe, how = run.recipe, run.recipe.train.distillation
+    if approach != 'distillation' or how.learn != 'answers': return rows, None
+    taught = ask_teacher(how, rows, recipe.folder, run.path('cache', 'teacher.jsonl'), recipe.evaluate.max_new_tokens, recipe.data.clean)
+    return taught.rows, taught
+
+# %% ../../nbs/3_training/plan.ipynb #5489ab7b
+def _given(run: Run, choice: Any) -> tuple[str, ModelRef, Any]:
+    "Approach, base and tokenizer; raises BadInput where something that the approach needs is missing."
     recipe, settings = run.recipe, run.recipe.train
     approach = pick_approach(settings.approach, choice.advice.get('recommendation', 'lora'))
     ref = resolve(choice.base, recipe.folder)
-    tokenizer = load_tokenizer(ref.path)
-    rows, rendered, left = fit_rows(tokenizer, curated.train, settings.max_tokens)
-    preflight(rows, rendered, settings.max_tokens)
-    checked, validation, _ = fit_rows(tokenizer, curated.validation, settings.max_tokens)
-    seed, pad_id = run.seed('training', 'batches'), tokenizer.pad_token_id
-    return Plan(approach, ref, settings, rows, rendered, rendered, _step_plan(rendered, settings, seed), checked, _validation_batches(validation, settings),
-                mask_account(rendered, left, settings.max_tokens, tokenizer),
-                _stamp(ref, recipe, approach, rows, checked, fingerprint(tokenizer)), pad_id, run.seed('training', 'weights'))
+    tokenizer = training_tokenizer(load_tokenizer(ref.path), approach, settings)
+    check_aim(tokenizer, settings, approach, recipe.folder)
+    return approach, ref, tokenizer
+
+def make_plan(run: Run, curated: Any, choice: Any) -> Plan:
+    "Count, check and order what will be trained; raises BadInput before anything is loaded."
+    recipe, settings, seed = run.recipe, run.recipe.train, run.seed('training', 'batches')
+    approach, ref, tokenizer = _given(run, choice)
+    rows, taught = _answers_of(run, curated.train, approach)
+    held = held_out(settings.forgetting, recipe.folder, [*curated.train, *curated.validation, *curated.test], run.seed('training', 'forgetting'))
+    made = _in_order(tokenizer, rows, held, settings, approach, seed)
+    passed = _checked(tokenizer, made, settings, ref, approach)
+    checked, validation, _ = items_of(tokenizer, curated.validation, settings, approach)
+    template = template_record(tokenizer)
+    ids = [[row['id'] for row in some] for some in (made.rows, checked)]
+    return Plan(approach, ref, settings, recipe.goal, tokenizer, made.rows, made.rendered, made.items, made.steps, checked,
+                _validation_batches(validation, settings), mask_account(made.rendered, made.left, settings.max_tokens, tokenizer, made.rows, settings.long_rows),
+                passed, template, held, choose_panel(checked, settings.panel_rows, run.seed('training', 'panel')), taught,
+                _stamp(ref, recipe, approach, ids, template['fingerprint']), tokenizer.pad_token_id, run.seed('training', 'weights'))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'Pair', 'pairs_of', 'answer_logps', 'reference_logps', 'Preferences']
 
-# %% ../../nbs/3_training/preference.ipynb #9f79de0d
-from collections.abc import Callable, Sequence
+# %% ../../nbs/3_training/preference.ipynb #5b29e1b4
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,35 +52,39 @@ def _last_answers(one: Rendered, passed: int) -> Rendered | None:
     if True not in trained: return None
     return Rendered(one.ids, trained, one.roles) if passed else one
 
-# %% ../../nbs/3_training/preference.ipynb #60e9e6d5
+# %% ../../nbs/3_training/preference.ipynb #87d7d625
 def _check_judged(row: Row) -> None:
     "Raise BadInput for an answer that was judged on its own."
     if not isinstance(row.get('label'), bool) or 'rejected' in row: return
     where = row.get('origin') or {}
-    raise BadInput(located(where.get('file') or row.get('id', ''), where.get('line') or None, 'label', 'one answer judged alone (as for KTO), which cannot be trained on here',
-                           'prompt, chosen and rejected', 'pair a good with a bad answer to each prompt, or train on the good ones with train.approach: lora'))
+    raise BadInput(located(where.get('file') or row.get('id', ''), where.get('line') or None, 'label',
+                           'one answer judged alone (as for KTO), which cannot be trained on here', 'prompt, chosen and rejected',
+                           'pair a good with a bad answer to each prompt, or train on the good ones with train.approach: lora'))
 
+# %% ../../nbs/3_training/preference.ipynb #bc445ba8
 def _why_no_pair(pair: Pair, max_tokens: int) -> str:
     "Why a rendered pair cannot be used, '' where it can."
     if None in (pair.chosen, pair.rejected): return 'an answer without a token to train'
     if pair.chosen.ids == pair.rejected.ids: return 'both answers are the same tokens'
     return 'too long' if max(len(pair.chosen), len(pair.rejected)) > max_tokens else ''
 
-# %% ../../nbs/3_training/preference.ipynb #9a1356d3
+# %% ../../nbs/3_training/preference.ipynb #b20004cf
 def pairs_of(tokenizer: Any,
              rows: Sequence[Row],    # with `chosen` and `rejected`
              max_tokens: int,        # of prompt and longer answer
-            ) -> tuple[list[Row], list[Pair], list[dict]]:   # rows kept, the same as pairs, {'id', 'tokens', 'why'} of those left out
+            ) -> tuple[list[Row], list[Pair], list[dict]]:   # rows kept, the same as pairs, those left out (id, tokens, category, origin, why)
     "Preference rows as tokens; raises BadInput for answers judged singly and TemplateError as `encode` does."
     for row in rows: _check_judged(row)
-    both = [row for row in rows if row.get('chosen') and row.get('rejected')]
-    left = [{'id': row.get('id'), 'tokens': 0, 'why': 'chosen or rejected is missing'} for row in rows if row not in both]
+    whole = lambda row: bool(row.get('chosen') and row.get('rejected'))
+    both = list(filter(whole, rows))
+    out = lambda row, tokens, why: {'id': row.get('id'), 'tokens': tokens, 'category': row.get('category'), 'origin': row.get('origin'), 'why': why}
+    left = [out(row, 0, 'chosen or rejected is missing') for row in rows if not whole(row)]
     sides = [_conversations(row) for row in both]
     rendered = [encode(tokenizer, [{**row, 'messages': side[n]} for row, side in zip(both, sides)]) for n in (0, 1)]
     kept, pairs = [], []
     for row, (*_, passed), one, other in zip(both, sides, *rendered):
         pair = Pair(_last_answers(one, passed), _last_answers(other, passed))
-        if why := _why_no_pair(pair, max_tokens): left.append({'id': row.get('id'), 'tokens': max(len(one), len(other)), 'why': why})
+        if why := _why_no_pair(pair, max_tokens): left.append(out(row, max(len(one), len(other)), why))
         else: kept.append(row), pairs.append(pair)
     return kept, pairs, left
 

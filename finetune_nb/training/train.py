@@ -5,37 +5,77 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/3_training/train.ipynb #1c59bc96
+# %% ../../nbs/3_training/train.ipynb #31e52684
 import gc
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.files import BadInput, write_json
+from ..core.files import BadInput, read_json, write_json
 from ..core.run import Run
-from ..model.loading import ModelRef, load_tokenizer, pick_dtype
+from ..model.fingerprint import save_record
+from ..model.loading import Loaded, ModelRef, load_tokenizer, pick_dtype
 from ..selection.candidates import count_parameters
-from .fit import fit
-from .objective import Answers
+from .aims import aim_of, make_objective, objective_probes
+from .checkpoints import why_not
+from .fit import Fitted, fit
+from .forgetting import forgetting_probe
+from .grpo import run_grpo
+from .launch import launch, launched
+from .objective import Objective
+from .panel import panel_probe
+from .phases import warm_start
 from .plan import Plan, make_plan
+from .prompts import keep_prompt
+from .reward import reward_of
+from .together import is_first
 from .trainer import validation_loss
 from .tuned import Tuned, load_tuned
 
-# %% ../../nbs/3_training/train.ipynb #eff2cf28
+# %% ../../nbs/3_training/train.ipynb #9c58bca0
+def _probes(plan: Plan, run: Run, objective: Callable[[], Objective | None]) -> Callable[[Loaded], dict[str, Callable]]:
+    "The probes of a plan, made from the model to train; `objective` gives what it is trained on."
+    def made(loaded: Loaded) -> dict[str, Callable]:
+        found = {'forgetting': forgetting_probe(loaded, plan.held)} if any(plan.held.kinds.values()) else {}
+        if plan.panel: found['panel'] = panel_probe(loaded, plan.panel, min(64, run.recipe.evaluate.max_new_tokens))
+        return found | (objective_probes(objective(), plan.validation) if objective() else {})
+    return made
+
+# %% ../../nbs/3_training/train.ipynb #ff2bdb59
+def _fitted(plan: Plan, run: Run) -> Fitted:
+    "Train the plan, in phases where it has two."
+    folder, recipe = run.path('training'), run.recipe
+    steps = partial(fit, memory_gb=recipe.requirements.memory_gb)
+    start, made = warm_start(plan, folder, steps), []
+    if aim_of(plan.approach, plan.settings) == 'reward':
+        reward = reward_of(plan.settings.preference.reward, recipe.folder)
+        return run_grpo(plan, folder, reward, recipe.evaluate.max_new_tokens, start, _probes(plan, run, lambda: None))
+    make = make_objective(plan, folder, recipe.folder)
+    def objective(model: Any) -> Objective:
+        made.append(make(model))
+        return made[-1]
+    return steps(plan, folder, objective, _probes(plan, run, lambda: made[-1] if made else None), start=start)
+
+# %% ../../nbs/3_training/train.ipynb #2c6dde7a
 def _keep(plan: Plan, folder: Path, step: int) -> str:
     "Copy the weights of a step out of its checkpoint; returns adapter | model."
     kind = 'model' if plan.approach == 'full' else 'adapter'
     source, target = folder / f'checkpoints/step-{step:06d}', folder / kind
+    if reason := why_not(source, plan.stamp): raise BadInput(f'training: the checkpoint of step {step}, the best, cannot be used: {reason}; run again to train from the one before')
     target.mkdir(parents=True)
+    if plan.approach == 'prompt_tuning':
+        keep_prompt(source, target, plan.ref.name)
+        return kind
     for pattern in ('*.safetensors', '*.safetensors.index.json', '*config.json'):
         for file in source.glob(pattern): shutil.copy2(file, target)
     if kind == 'model': load_tokenizer(plan.ref.path).save_pretrained(target)
-    elif (target / 'adapter_config.json').is_file():
-        config = target / 'adapter_config.json'
-        write_json(config, json.loads(config.read_text()) | {'base_model_name_or_path': plan.ref.name})
+    elif (config := target / 'adapter_config.json').is_file():
+        write_json(config, read_json(config) | {'base_model_name_or_path': plan.ref.name})
     return kind
 
 # %% ../../nbs/3_training/train.ipynb #86c057f2
@@ -52,49 +92,69 @@ def _portable(ref: ModelRef, run: Run) -> str:
     path = os.path.relpath(ref.path.resolve(), run.folder.resolve())
     return path if path.startswith('.') else f'./{path}'
 
-# %% ../../nbs/3_training/train.ipynb #1676aacb
-def _tuned(run: Run, plan: Plan) -> Tuned:
-    "Train, and describe it; not yet measured again."
-    ships_in, base = str(pick_dtype()).removeprefix('torch.'), _portable(plan.ref, run)
-    if plan.settings.dtype != 'auto': ships_in = plan.settings.dtype
-    if not plan.steps:
-        return Tuned('none', base, 'none', 0, [], plan.masks, 0.0, 0, {'trainable': 0, 'parameters': count_parameters(plan.ref.path), 'dtype': ships_in},
-                     ships_in, ships_in, None, None)
-    fitted = fit(plan, run.path('training'))
+# %% ../../nbs/3_training/train.ipynb #e2246c40
+def _precision(plan: Plan) -> str:
+    "The precision of the weights that ship."
+    return plan.settings.dtype if plan.settings.dtype != 'auto' else str(pick_dtype()).removeprefix('torch.')
+
+def _untrained(plan: Plan, base: str) -> Tuned:
+    "A training without a step."
+    ships_in = _precision(plan)
+    moved = {'trainable': 0, 'parameters': count_parameters(plan.ref.path), 'dtype': ships_in}
+    return Tuned('none', base, 'none', 0, [], plan.masks, 0.0, 0, moved, ships_in, ships_in, None, None)
+
+def _tuned(run: Run, plan: Plan) -> Tuned | None:
+    "Train, and describe it; not yet measured again. None in a process that only helps."
+    base = _portable(plan.ref, run)
+    if not plan.steps: return _untrained(plan, base)
+    fitted = _fitted(plan, run)
+    if not is_first(): return None
     lines, best = fitted.journal.lines, fitted.journal.best
     step = best['step'] if best else lines[-1]['step']
     return Tuned(plan.approach, base, _keep(plan, run.path('training'), step), step, fitted.journal.curve, plan.masks,
-                 round(sum(line['seconds'] for line in lines), 2), len(lines), fitted.moving, fitted.dtype, ships_in,
-                 best and best['validation_loss'], None, fitted.resumed_at, log=lines)
+                 round(sum(line['seconds'] for line in lines), 2), len(lines), fitted.moving, fitted.dtype, _precision(plan),
+                 best and best.get('validation_loss'), None, fitted.resumed_at, list(fitted.notes), json.loads(json.dumps(fitted.memory)), plan.settings.forgetting.replay,
+                 plan.held.origin, log=lines)
 
-# %% ../../nbs/3_training/train.ipynb #f97c0d41
+# %% ../../nbs/3_training/train.ipynb #39c5472a
 def _remove(path: Path) -> None:
     "Remove a file or a folder, if it is there."
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-def _measured_again(plan: Plan, run: Run) -> float:
-    "Validation loss of the weights as they ship, loaded from the run's folder."
-    objective = Answers(plan.pad_id)
+def _measured_again(plan: Plan, run: Run) -> float | None:
+    "The objective on validation rows with the weights as they ship, loaded from the run's folder."
+    if aim_of(plan.approach, plan.settings) == 'reward': return None
+    objective = make_objective(plan, run.path('training'), run.recipe.folder)(None)
     return validation_loss(load_tuned(run.folder).model, [objective.collate(items) for items in plan.validation], objective)
 
+def _complete(run: Run, plan: Plan, tuned: Tuned) -> Tuned:
+    "Measure again what was saved, and call it finished."
+    tuned.save(run.folder)
+    gc.collect()
+    if tuned.kept_loss is not None: tuned = replace(tuned, reloaded_loss=_measured_again(plan, run))
+    tuned = replace(tuned, stamp=plan.stamp)
+    tuned.save(run.folder)
+    for left in ('checkpoints', 'supervised', 'reference.json', 'rows.json'): _remove(run.path('training', left))
+    return tuned
+
+# %% ../../nbs/3_training/train.ipynb #7b942b65
 def train(run: Run,
           curated: Any,   # with train and validation rows
           choice: Any,    # with base and advice
           plan: Plan | None = None,   # what `make_plan` gave; None: made here
-         ) -> Tuned:
+         ) -> Tuned | None:           # None in a process that only helps another one
     "Train as the recipe says, or go on where a killed training stopped; raises BadInput before the first step."
     plan = plan or make_plan(run, curated, choice)
     if done := _finished(run, plan):
         print('this training is finished already: same rows, settings and base')
         return done
-    for kind in ('adapter', 'model', 'training.json'): _remove(run.path('training', kind))
+    if plan.steps and launched(plan.settings.processes):
+        launch(run.folder, plan.settings.processes)
+        return Tuned.load(run.folder)
+    if is_first():
+        for kind in ('adapter', 'model', 'training.json'): _remove(run.path('training', kind))
+        save_record(run.path('training'), plan.template)
+        plan.preflight.save(run.folder)
     tuned = _tuned(run, plan)
-    tuned.save(run.folder)
-    if tuned.kept_loss is not None:
-        gc.collect()
-        tuned = replace(tuned, reloaded_loss=_measured_again(plan, run))
-    tuned = replace(tuned, stamp=plan.stamp)
-    tuned.save(run.folder)
-    _remove(run.path('training', 'checkpoints'))
-    return tuned
+    return _complete(run, plan, tuned) if tuned else None
