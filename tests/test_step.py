@@ -12,6 +12,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune_nb.model.adapters import accelerate_adapters
 from finetune_nb.model.layout import lay_out
 from finetune_nb.model.step import TESTED, answer_loss, answer_scores, token_losses, why_padded
 
@@ -115,10 +116,33 @@ def test_any_attention_and_gradient_checkpointing(attention, recompute, batch):
     if not recompute: assert model.config._attn_implementation == attention
 
 
-@pytest.mark.parametrize('settings', [{}, {'use_dora': True}, {'use_rslora': True}, {'target_modules': ['q_proj', 'v_proj']}])
-def test_adapters(settings, batch):
-    learner = get_peft_model(made('llama'), LoraConfig(**{'r': 4, 'target_modules': 'all-linear', 'init_lora_weights': False, **settings}))
+@pytest.mark.parametrize('family, settings', [('llama', {}), ('llama', {'use_dora': True}), ('llama', {'use_rslora': True}), ('qwen2', {}),
+                                              ('llama', {'target_modules': ['q_proj', 'v_proj']}), ('gpt2', {'fan_in_fan_out': True})])
+def test_adapters_as_they_are_and_accelerated(family, settings, batch):
+    learner = get_peft_model(made(family), LoraConfig(**{'r': 4, 'target_modules': 'all-linear', 'init_lora_weights': False, **settings}))
+    fast = copy.deepcopy(learner)
+    assert (accelerate_adapters(fast) > 0) == (family != 'gpt2')
     assert_same(learner, batch)
+    assert_same(fast, batch, learner)
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+def test_the_whole_curve_with_the_optimiser(recompute, batch):
+    start = get_peft_model(made('llama'), LoraConfig(r=4, target_modules='all-linear'))
+    fast, curves = copy.deepcopy(start), []
+    accelerate_adapters(fast)
+    if recompute: fast.gradient_checkpointing_enable({'use_reentrant': False})
+    for model, loss in ((start, lambda: start(**batch).loss), (fast, lambda: answer_loss(fast, batch))):
+        optimiser, curve = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
+        for _ in range(12):
+            now = loss()
+            now.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            curve.append(now.item())
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0] - 0.02
+    assert max(abs(a - b) for a, b in zip(*curves)) < 1e-4
 
 
 def test_learned_prompts_are_called_whole(batch):
@@ -222,7 +246,7 @@ def test_through_a_wrapper_of_two_processes(kind, tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.getcwd(), 'GLOO_SOCKET_IFNAME': 'lo'}
     two = [subprocess.Popen([sys.executable, script, kind, str(rank), tmp_path / 'store'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True) for rank in range(2)]
-    try: said = [one.communicate(timeout=100) for one in two]
+    try: said = [one.communicate(timeout=200) for one in two]
     finally:
         for one in two: one.kill()
     assert all('same' in out for out, _ in said), said[0][1][-3000:]

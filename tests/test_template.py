@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from finetune_nb.model.template import _stretches, border_changes, prompt_ids, render, terminators
 from finetune_nb.model.turns import TOOL, TemplateError, control, layout, surplus
 
 HERE = Path(__file__).parent / 'templates'
-READ = settings(max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+READ = settings(max_examples=6, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 LLAMA2 = ("{% set first = 1 if messages[0]['role'] == 'system' else 0 %}{% for m in messages[first:] %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
           "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' }}"
@@ -29,6 +29,8 @@ ZEPHYR = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + 
           "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 VICUNA = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + ' ' }}{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
           "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+# how Llama 3, Qwen and GLM split a text: line breaks stay together
+LINES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 INLINE = {'llama2': LLAMA2, 'mistral_v1': mistral(' [INST] ', ' [/INST]', ' '), 'mistral_v3': mistral('[INST] ', '[/INST]', ' '),
           'mistral_tekken': mistral('[INST]', '[/INST]', ''), 'chatml': CHATML, 'zephyr': ZEPHYR, 'vicuna': VICUNA}
 
@@ -42,10 +44,10 @@ FAMILIES = {
     'mistral_tekken': ('bytes', '<s>', '</s>', ['[INST]', '[/INST]'], '', '', False),
     'zephyr': ('unigram', '<s>', '</s>', [], '', '', True),
     'vicuna': ('first', '<s>', '</s>', [], '', '', True),
-    'qwen2_5': ('bytes', '<|endoftext|>', '<|im_end|>', ['<|im_start|>'], '', '', True),
+    'qwen2_5': ('lines', '<|endoftext|>', '<|im_end|>', ['<|im_start|>'], '', '', True),
     'qwen3': ('digits', '<|endoftext|>', '<|im_end|>', ['<|im_start|>'], THINK, '', True),
-    'qwen3_6': ('bytes', '<|endoftext|>', '<|im_end|>', ['<|im_start|>'], r'(<think>\n|<?\n?</think>\n\n|\n</think>\n\n)*', '', True),
-    'llama3_1': ('bytes', '<|begin_of_text|>', '<|eot_id|>', ['<|start_header_id|>', '<|end_header_id|>'], '', '', True),
+    'qwen3_6': ('lines', '<|endoftext|>', '<|im_end|>', ['<|im_start|>'], r'(<think>\n|<?\n?</think>\n\n|\n</think>\n\n)*', '', True),
+    'llama3_1': ('lines', '<|begin_of_text|>', '<|eot_id|>', ['<|start_header_id|>', '<|end_header_id|>'], '', '', True),
     'gemma': ('never', '<bos>', '<eos>', ['<start_of_turn>', '<end_of_turn>'], '', '<end_of_turn>', False),
     'gemma3': ('never', '<bos>', '<eos>', ['<start_of_turn>', '<end_of_turn>'], '', '<end_of_turn>', True),
     'deepseek_r1_distill': ('digits', '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>', ['<｜User｜>', '<｜Assistant｜>'], '', '', True),
@@ -54,10 +56,11 @@ FAMILIES = {
     'cohere2': ('bytes', '<BOS_TOKEN>', '<|END_OF_TURN_TOKEN|>',
                 ['<|START_OF_TURN_TOKEN|>', '<|USER_TOKEN|>', '<|CHATBOT_TOKEN|>', '<|SYSTEM_TOKEN|>', '<|START_RESPONSE|>', '<|END_RESPONSE|>'],
                 '', '<|END_RESPONSE|><|END_OF_TURN_TOKEN|>', True),
-    'glm4moe': ('bytes', '<sop>', '<|endoftext|>', ['[gMASK]', '<|user|>', '<|assistant|>', '<|system|>', '<|observation|>'], r'\n<think></think>\n?', '<|user|>', True),
-    'gptoss': ('bytes', '<|startoftext|>', '<|return|>', ['<|start|>', '<|end|>', '<|message|>', '<|channel|>', '<|call|>'], r'<\|channel\|>final<\|message\|>', None, True),
+    'glm4moe': ('lines', '<sop>', '<|endoftext|>', ['[gMASK]', '<|user|>', '<|assistant|>', '<|system|>', '<|observation|>'], r'\n<think></think>\n?', '<|user|>', True),
+    'gptoss': ('lines', '<|startoftext|>', '<|return|>', ['<|start|>', '<|end|>', '<|message|>', '<|channel|>', '<|call|>'], r'<\|channel\|>final<\|message\|>', None, True),
     'lfm2_2_5': ('digits', '<|startoftext|>', '<|im_end|>', ['<|im_start|>'], '', '', True),
-    'nemotron_3_nano': ('bytes', '<s>', '<|im_end|>', ['<|im_start|>'], r'(<think>)?(</think>)?', '', True)}
+    'nemotron_3_nano': ('lines', '<s>', '<|im_end|>', ['<|im_start|>'], r'(<think>)?(</think>)?', '', True)}
+MERGED = {'qwen3_6'}             # its invitation ends with a line break that its own tokenisation merges with the one that follows: ours is as inference reads it
 OPEN_AT_THE_END = {'glm4moe'}    # its last answer has no terminator: only the next turn's first token ends one
 
 WORDS = ['Hello', ' there', 'Zürich', '  ', '12', '2024', '\n', '\n\n', 'user', 'assistant', '日本', '😀', '{"x": 1}', '- ', 'ok.', "don't", 'INST', 'USER:', '\t', 'a']
@@ -76,20 +79,22 @@ def tokenizer(family: str, kind: str = ''):
     "A small tokenizer of one kind with the family's template and control tokens, padding with its end token."
     own, bos, eos, more, *_ = FAMILIES[family]
     kind, special = kind or own, ['<unk>', bos, eos, *more]
-    if kind in ('bytes', 'digits'):
+    if kind in ('bytes', 'digits', 'lines'):
         made = Tokenizer(models.BPE())
         bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytewise]) if kind == 'digits' else bytewise
+        lines = [pre_tokenizers.Split(Regex(LINES), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        made.pre_tokenizer = pre_tokenizers.Sequence({'digits': [pre_tokenizers.Digits(individual_digits=True), bytewise], 'bytes': [bytewise], 'lines': lines}[kind])
         made.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
     else:
         made = Tokenizer(models.Unigram() if kind == 'unigram' else models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
         if kind == 'never': made.normalizer = normalizers.Replace(' ', '▁')   # as Gemma has it
-        else: made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always' if kind == 'always' else 'first', split=kind == 'unigram')
+        else: made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first')   # learned word by word, as SentencePiece does
         made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
         alphabet = sorted(set(''.join(CORPUS + WORDS)) | {'▁'} - {' '})
     options = {'vocab_size': len(special) + len(alphabet) + 120, 'special_tokens': special, 'show_progress': False, 'initial_alphabet': alphabet}
     made.train_from_iterator(CORPUS, trainers.UnigramTrainer(unk_token='<unk>', **options) if kind == 'unigram' else trainers.BpeTrainer(**options))
-    if kind not in ('bytes', 'digits', 'unigram'): made = with_bytes(made)
+    if kind not in ('bytes', 'digits', 'lines', 'unigram'): made = with_bytes(made)
+    if kind in ('always', 'first', 'swallow'): made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always' if kind == 'always' else 'first', split=False)
     made.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, made.token_to_id(bos))])   # a tokenizer that adds its BOS by itself
     text = INLINE.get(family) or (HERE / f'{family}.jinja').read_text(encoding='utf8')
     fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token='<unk>', bos_token=bos, eos_token=eos, pad_token=eos, chat_template=text,
@@ -141,8 +146,9 @@ def test_ids_and_mask_of_clean_text(family):
     @given(turns(clean, FAMILIES[family][-1]))
     def holds(messages):
         one, whole = render(made, messages), ids_of(made, messages)
-        assert one.ids == whole[:len(one)] and one.trained[-1] and len(one) == len(one.trained) == len(one.roles)
-        assert border_changes(made, messages) == 0
+        assert one.trained[-1] and len(one) == len(one.trained) == len(one.roles)
+        if family in MERGED: assert border_changes(made, messages) == 2 and text_of(made, whole).startswith(text_of(made, one.ids))
+        else: assert one.ids == whole[:len(one)] and border_changes(made, messages) == 0
         check_answers(family, made, one, messages)
         last = [begin for on, begin, _ in _stretches(one.trained) if on][-1]
         assert prompt_ids(made, messages[:-1]) == one.ids[:last]
@@ -169,10 +175,10 @@ def test_odd_content(family):
     holds()
 
 
-KINDS = ('bytes', 'digits', 'always', 'first', 'never', 'unigram', 'swallow')
+KINDS = ('bytes', 'lines', 'digits', 'always', 'first', 'never', 'unigram', 'swallow')
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('family', ['chatml', 'llama3_1', 'mistral_tekken'])
+@pytest.mark.parametrize('family', ['chatml', 'gemma', 'mistral_tekken'])
 def test_kinds_of_tokenizer(family, kind):
     "The same template over another kind of tokenizer: ids, prompt and BOS."
     made = tokenizer(family, kind)
@@ -184,7 +190,7 @@ def test_kinds_of_tokenizer(family, kind):
         assert one.ids == ids_of(made, messages)[:len(one)]
         assert prompt_ids(made, messages[:-1]) == one.ids[:[b for on, b, _ in _stretches(one.trained) if on][-1]]
         if family != 'chatml': assert one.ids.count(made.bos_token_id) == 1
-        assert one.ids[-1] == made.eos_token_id == made.pad_token_id and one.trained[-1]
+        assert one.trained[-1] and made.eos_token_id == made.pad_token_id and (family == 'gemma' or one.ids[-1] == made.eos_token_id)
     holds()
 
 
@@ -216,14 +222,12 @@ def test_private_characters_in_the_data_are_kept():
 
 
 def test_a_merge_across_the_border_is_counted_and_ours_is_what_inference_meets():
-    made = tokenizer('chatml', 'never')
-    made.chat_template = CHATML.replace("'\n' + m", "'\n\n' + m").replace('assistant\n', 'assistant\n\n')
+    made = tokenizer('chatml', 'lines')
     ask, odd = [{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': '\nHello'}]
     one = render(made, ask + odd)
     begin = one.trained.index(True)
     assert border_changes(made, ask + odd) > 0 and one.ids != ids_of(made, ask + odd)[:len(one)]
     assert one.ids[:begin] == prompt_ids(made, ask) == ids_of(made, ask, add_generation_prompt=True)
-    tokenizer.cache_clear()
 
 
 def test_invitations_that_finished_answers_do_not_have():
@@ -264,7 +268,7 @@ def test_tools(family):
     assert 'half past nine' in whole and 'The time.' in whole and len(runs) == 2
     assert 'tell_time' in runs[0] and 'Bern' in runs[0] and 'It is late.' in runs[1]
     assert one.open_turns == (family in OPEN_AT_THE_END)
-    if family in ('qwen2_5', 'qwen3', 'qwen3_6', 'llama3_1', 'glm4moe', 'gptoss', 'lfm2_2_5', 'nemotron_3_nano'):
+    if family in ('qwen2_5', 'qwen3', 'llama3_1', 'glm4moe', 'gptoss', 'lfm2_2_5', 'nemotron_3_nano'):
         assert one.ids == ids_of(made, CALLS, tools=[TOOL])[:len(one)]
     assert prompt_ids(made, CALLS[:1], [TOOL]) == one.ids[:one.trained.index(True)]
 
@@ -297,8 +301,7 @@ def test_against_the_marks_that_a_template_makes_itself():
     holds()
 
 
-MARKED = {'qwen2_5': '', 'qwen3': '', 'llama3_1': '', 'gemma': '', 'gemma3': '', 'phi3': '', 'cohere': '', 'cohere2': '', 'glm4moe': '', 'gptoss': '',
-          'deepseek_r1_distill': '', 'nemotron_3_nano': '', 'qwen3_6': ''}
+MARKED = ['qwen2_5', 'llama3_1', 'gemma', 'gemma3', 'phi3', 'cohere', 'cohere2', 'glm4moe', 'gptoss', 'deepseek_r1_distill', 'nemotron_3_nano', 'qwen3']
 
 @pytest.mark.parametrize('family', MARKED)
 def test_against_the_marks_of_trl(family):

@@ -176,7 +176,7 @@ def prompt_ids(tokenizer: Any,                  # with a chat template
     asked = _whole(tokenizer, made)
     return _fit(replace(asked, trained=[False] * len(asked)), max_tokens).ids
 
-# %% ../../nbs/model/template.ipynb #87e9936e
+# %% ../../nbs/model/template.ipynb #fd4bfef5
 def border_changes(tokenizer: Any,              # with a chat template
                    messages: Messages,          # the whole conversation, without control tokens in it
                    tools: list | None = None,   # tool definitions
@@ -185,8 +185,10 @@ def border_changes(tokenizer: Any,              # with a chat template
     made = layout(tokenizer, messages, tools)
     spans = [piece[:2] for piece in _pieces(made)]
     (ids, ends), = _coded(tokenizer, [made.text])
+    ours = [got for got, _ in _ids(tokenizer, made, spans)]
+    if sum(ours, []) == ids: return 0
     of = lambda begin, end: [i for i, at in zip(ids, ends) if begin < at <= end]
-    return sum(of(*span) != got for span, (got, _) in zip(spans, _ids(tokenizer, made, spans)))
+    return sum(of(*span) != got for span, got in zip(spans, ours))
 
 # %% ../../nbs/model/template.ipynb #72f034ed
 @once

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'SIGNS', 'PLANES', 'FORMS', 'TOOL', 'CALLED', 'WAYS', 'OTHER', 'PROBE', 'TemplateError', 'written',
-           'once', 'control', 'tool_form', 'Talk', 'Layout', 'layout', 'terminator', 'surplus']
+           'once', 'control', 'tool_form', 'Way', 'Talk', 'Layout', 'layout', 'terminator', 'surplus']
 
 # %% ../../nbs/model/turns.ipynb #3cded9d3
 import json
@@ -153,18 +153,32 @@ def _portable(tokenizer: Any, messages: Messages, tools: list | None) -> tuple[M
     messages = [_written_out(turn) for turn in messages]
     return (_with_tools(messages, tools) if tools else messages), None
 
-# %% ../../nbs/model/turns.ipynb #2862a756
-WAYS = {'everyone': (None, True), 'answers': ({'assistant'}, True), 'their ends': ({'assistant'}, False), 'nobody': (set(), False)}
+# %% ../../nbs/model/turns.ipynb #d5828008
+@dataclass(frozen=True)
+class Way:
+    "Which contents are signed, and where."
+    others: bool = True    # those of users, systems and tools, too
+    begins: bool = True    # before a content, too
+    blank: bool = False    # those that are blank, too
 
-def _signed(messages: Messages, plane: int, roles: set | None, begins: bool) -> Messages:
+WAYS = (Way(blank=True), Way(), Way(others=False), Way(others=False, begins=False))
+
+def _sign(said: str, begin: str, end: str) -> str:
+    "A content with its signs inside its blanks."
+    core = said.strip() or said
+    at = said.index(core)
+    return said[:at] + begin + core + end + said[at + len(core):]
+
+def _signed(messages: Messages, plane: int, way: Way) -> Messages:
     "Messages with a sign before and after each content."
     out = []
     for turn, message in enumerate(messages):
-        said = message.get('content')
-        if isinstance(said, str) and (core := said.strip()) and (roles is None or message['role'] in roles):
-            first, at = plane + SIGNS + 2 * turn, said.index(core)
-            said = said[:at] + chr(first) * begins + core + chr(first + 1) + said[at + len(core):]
-        out.append({**message, 'content': said})
+        begin, end = chr(plane + SIGNS + 2 * turn), chr(plane + SIGNS + 2 * turn + 1)
+        said, calls, mine = message.get('content'), message.get('tool_calls'), message['role'] == 'assistant'
+        if (mine or way.others) and isinstance(said, str) and (said.strip() or way.blank and mine and not calls):
+            message = {**message, 'content': _sign(said, begin * way.begins, end)}
+        if calls: message = {**message, 'tool_calls': [*calls[:-1], {**calls[-1], 'function': {**calls[-1]['function'], 'name': f"{calls[-1]['function']['name']}{end}"}}]}
+        out.append(message)
     return out
 
 def _read(text: str, plane: int) -> tuple[str, dict[int, int]]:
@@ -176,12 +190,13 @@ def _read(text: str, plane: int) -> tuple[str, dict[int, int]]:
         if sign: where[ord(sign) - plane - SIGNS] = at
     return ''.join(parts[::2]), where
 
-# %% ../../nbs/model/turns.ipynb #322eb522
+# %% ../../nbs/model/turns.ipynb #4728b418
 def _found(tokenizer: Any, messages: Messages, tools: list | None, ask: bool, plane: int) -> tuple[str, dict[int, int]]:
     "What the template writes, and where what is said begins (twice the turn's number) and ends (one more)."
     text = written(tokenizer, messages, tools, ask)
-    for way in WAYS.values():
-        try: plain, where = _read(written(tokenizer, _signed(messages, plane, *way), tools, ask), plane)
+    blank = any(m['role'] == 'assistant' and not m.get('tool_calls') and not (m['content'] or '').strip() for m in messages)
+    for way in WAYS if blank else WAYS[1:]:
+        try: plain, where = _read(written(tokenizer, _signed(messages, plane, way), tools, ask), plane)
         except TemplateError: continue
         if plain == text: return text, where
     return text, {}
@@ -205,7 +220,7 @@ class Talk:
 
 OTHER = 'choose another base model, or give its tokenizer a template that writes answers as it asks for them'
 
-# %% ../../nbs/model/turns.ipynb #53edbdf8
+# %% ../../nbs/model/turns.ipynb #1d54d015
 def _closed(talk: Talk, turn: int, upto: str) -> int:
     "Offset in the whole text at which the turns before `turn` end; raises TemplateError."
     if talk.text.startswith(upto): return len(upto)
@@ -229,7 +244,8 @@ def _begin(talk: Talk, turn: int) -> tuple[int, bool]:
     shared = len(commonprefix([invitation, talk.text[start:said]]))
     if invitation and not shared:
         raise talk.refuse(turn, f'the chat template asks for an answer with {invitation!r} but does not write that before a finished one', OTHER)
-    return start + shared, shared == len(invitation)
+    cut = next((found.start() for found in _forged(talk.tokenizer)[0].finditer(talk.text, start) if found.start() < start + shared < found.end()), start + shared)
+    return cut, cut == start + len(invitation)
 
 # %% ../../nbs/model/turns.ipynb #b06ea12b
 def _begin_first(talk: Talk) -> tuple[int, bool]:
@@ -241,7 +257,7 @@ def _begin_first(talk: Talk) -> tuple[int, bool]:
     if at < 0: raise talk.refuse(0, 'the conversation begins with an answer, and the chat template does not show where it starts', 'begin with a user turn')
     return at + len(invitation), True
 
-# %% ../../nbs/model/turns.ipynb #1f3a4ff3
+# %% ../../nbs/model/turns.ipynb #3993da7d
 @once
 def _stops(tokenizer: Any) -> re.Pattern:
     "What finds the end of an answer: any added token that stands there, but the one that begins a text."
@@ -251,8 +267,8 @@ def _stops(tokenizer: Any) -> re.Pattern:
 
 def _end(talk: Talk, turn: int, begin: int) -> tuple[int, bool]:
     "Offset at which an answer ends, and whether a terminator ends it; raises TemplateError."
-    message, end = talk.messages[turn], talk.where.get(2 * turn + 1)
-    if message.get('tool_calls') or not (message.get('content') or '').strip() or end is None or end < begin: return _end_unsigned(talk, turn, begin)
+    end = talk.where.get(2 * turn + 1)
+    if talk.messages[turn].get('tool_calls') or end is None or end < begin: return _end_unsigned(talk, turn, begin)
     if not (stop := _stops(talk.tokenizer).match(talk.text, end)): return end, False
     bound = None
     while more := _forged(talk.tokenizer)[0].match(talk.text, stop.end()):
@@ -261,22 +277,23 @@ def _end(talk: Talk, turn: int, begin: int) -> tuple[int, bool]:
         stop = more
     return stop.end(), True
 
-# %% ../../nbs/model/turns.ipynb #03a5c545
+# %% ../../nbs/model/turns.ipynb #3a8b682f
 def _end_unsigned(talk: Talk, turn: int, begin: int) -> tuple[int, bool]:
     "The same for an answer that no sign ends: an empty one, or one with tool calls."
     said, calls = (talk.messages[turn].get('content') or '').strip(), talk.messages[turn].get('tool_calls')
-    if said and not {2 * turn, 2 * turn + 1} & set(talk.where) and (talk.where or said not in talk.text[begin:]):
+    if said and 2 * turn not in talk.where and (calls or 2 * turn + 1 not in talk.where) and (talk.where or said not in talk.text[begin:]):
         raise talk.refuse(turn, f'the chat template leaves out what the assistant says{" beside a tool call" if calls else ""}',
                           'put it into a turn of its own' if calls else OTHER)
-    upto = talk.upto(turn + 1)
+    upto, last = talk.upto(turn + 1), talk.where.get(2 * turn + 1, begin)
     whole = talk.text.startswith(upto)
     if not whole and said and not calls: raise talk.refuse(turn, 'the answer cannot be found in what the chat template wrote', OTHER)
-    bound = len(commonprefix([upto, talk.text])) if not whole and calls else len(upto) if whole else len(talk.text)
-    ends = [found.end() for found in _forged(talk.tokenizer)[0].finditer(talk.text, begin, bound)]
-    if not ends: return (bound, False) if whole else (begin, False)
-    stop = terminator(talk.tokenizer) if calls or not said else ''
-    usual = talk.text.rfind(stop, begin, bound) if stop and (whole or calls) else -1
-    return (usual + len(stop) if usual >= 0 else ends[-1] if whole or calls else ends[0]), True
+    bound, stop = len(upto) if whole else len(talk.text), '' if said and not calls else terminator(talk.tokenizer)
+    ends = [found.end() for found in _forged(talk.tokenizer)[0].finditer(talk.text, last, bound)]
+    usual = -1 if not stop else talk.text.rfind(stop, last, bound) if whole else talk.text.find(stop, last)
+    if usual >= 0: return usual + len(stop), True
+    if ends: return ends[-1 if whole else 0], True
+    following = _stops(talk.tokenizer).match(talk.text, bound)
+    return (following.end(), True) if following else (bound, False)
 
 # %% ../../nbs/model/turns.ipynb #2cae5400
 @dataclass(frozen=True)

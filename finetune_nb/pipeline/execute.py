@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Executed', 'check_parameters', 'overhead', 'peak_memory', 'without_machine', 'bar', 'Watcher', 'execute']
 
-# %% ../../nbs/pipeline/execute.ipynb #95e5b1b4
+# %% ../../nbs/pipeline/execute.ipynb #05440d77
 import ast
 import json
 import logging
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,21 +153,31 @@ class Watcher:
         "Leave the line empty for what comes next."
         if self.tty: print('\r\x1b[2K', end='', flush=True)
 
-# %% ../../nbs/pipeline/execute.ipynb #9bd62079
-def _stop(kernel: type, worker: threading.Thread, patience: float = 10) -> None:
-    "Interrupt the kernel, and kill it when it does not end."
+# %% ../../nbs/pipeline/execute.ipynb #1d504f77
+class _Worker(threading.Thread):
+    "A thread that says itself when it is done: one whose `join` was interrupted counts as ended on Python 3.11."
+    def __init__(self, target: Callable, args: tuple):
+        super().__init__(daemon=True)
+        self.work, self.done = (target, args), threading.Event()
+
+    def run(self) -> None:
+        try: self.work[0](*self.work[1])
+        finally: self.done.set()
+
+def _stop(kernel: type, worker: _Worker, patience: float = 60) -> None:
+    "Interrupt the kernel, which may finish a step and save it, and kill it when it does not end; a second interrupt kills at once."
     def tell(what):
         if kernel.process:
             with suppress(ProcessLookupError, PermissionError): os.kill(kernel.process, what)
     try:
-        while worker.is_alive() and not kernel.process and patience > 0:   # its process is only just being made
-            worker.join(0.1)
+        while not worker.done.is_set() and not kernel.process and patience > 0:   # its process is only just being made
+            worker.done.wait(0.1)
             patience -= 0.1
         tell(signal.SIGINT)
-        worker.join(patience)
+        worker.done.wait(patience)
     except KeyboardInterrupt: pass
     tell(signal.SIGKILL)   # also a kernel that was only just starting, which nobody would stop any more
-    worker.join(10)
+    worker.done.wait(10)
 
 # %% ../../nbs/pipeline/execute.ipynb #528f4749
 def _said(error: BaseException, log: Path) -> tuple[str, str]:
@@ -193,7 +204,7 @@ def _papermill(source: Path, raw: Path, parameters: dict, folder: Path, kernel: 
         except BaseException as error:
             if not left or 'Address already in use' not in _said(error, log)[1]: return errors.append(error)
 
-# %% ../../nbs/pipeline/execute.ipynb #2398af31
+# %% ../../nbs/pipeline/execute.ipynb #ff6295b0
 def execute(source: Path,        # stage notebook
             folder: Path,        # the run's folder: the kernel's working directory
             parameters: dict,    # of its parameters cell
@@ -206,12 +217,11 @@ def execute(source: Path,        # stage notebook
     passing, log = folder / 'stages' / f'.{source.stem}.progress', folder / 'stages' / f'.{source.stem}.log'
     raw.parent.mkdir(parents=True, exist_ok=True)
     kernel, errors, peak, interrupted = _kernel(_environment(passing), log), [], None, False
-    worker = threading.Thread(target=_papermill, args=(source.absolute(), raw, parameters, folder, kernel, errors, log), daemon=True)
+    worker = _Worker(_papermill, (source.absolute(), raw, parameters, folder, kernel, errors, log))
     watcher, start = Watcher(source.stem.replace('_', ' ', 1), echo, passing), time.monotonic()
     worker.start()
     try:
-        while worker.is_alive():
-            worker.join(0.1)
+        while not worker.done.wait(0.1):
             peak = peak_memory(kernel.process) or peak
             watcher.look()
     except KeyboardInterrupt:

@@ -6,9 +6,10 @@
 __all__ = ['NOT_MEASURED', 'APPROACHES', 'FEW', 'best_base', 'base_reason', 'artifact_mb', 'approach_records', 'recommend',
            'Choice', 'candidates_of', 'advice_table', 'memory_figure', 'shown', 'choose']
 
-# %% ../../nbs/2_selection/choose.ipynb #c46a3a09
+# %% ../../nbs/2_selection/choose.ipynb #29bc0b8a
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,9 @@ def base_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     unread = f'. Its licence ({chosen.licence or "not stated"}) must be read by a person before it is used' if chosen.licence_verdict == 'unknown' else ''
     return said + unread + '.'
 
-# %% ../../nbs/2_selection/choose.ipynb #c93d94f6
+# %% ../../nbs/2_selection/choose.ipynb #a25e9dba
 NOT_MEASURED = 'NOT MEASURED'
 APPROACHES = ('full', 'lora', 'qlora', 'preference', 'distillation', 'prompt_tuning', 'few_shot', 'nearest_neighbour')
-_LATER = {'qlora': 'not in this release', 'distillation': 'not in this release', 'prompt_tuning': 'not in this release'}
 
 def artifact_mb(approach: str, candidate: Candidate, rank: int, rows: int) -> float:
     "Size of what would be shipped, in MB, by formula: what is trained, in fp32."
@@ -59,27 +59,33 @@ def artifact_mb(approach: str, candidate: Candidate, rank: int, rows: int) -> fl
     size = {'layers': 0, 'hidden': 0, 'intermediate': 0} | candidate.size
     return round(4e-6 * trainable_parameters(kind, candidate.parameters, rank, size), 2)
 
-# %% ../../nbs/2_selection/choose.ipynb #a9e739d9
-def _obstacle(approach: str, candidate: Candidate, memory_gb: float, preferences: int) -> str:
+# %% ../../nbs/2_selection/choose.ipynb #a849d3a6
+def _lacking(approach: str, preferences: int, teacher: bool) -> str:
+    "What an approach would need that is not there, '' if nothing."
+    if approach == 'qlora' and not find_spec('bitsandbytes'): return "bitsandbytes is not installed: pip install 'finetune_nb[qlora]'"
+    if approach == 'preference' and not preferences: return 'the data has no preferred and rejected answers'
+    return 'train.distillation.teacher names no teacher' if approach == 'distillation' and not teacher else ''
+
+def _obstacle(approach: str, candidate: Candidate, memory_gb: float, preferences: int, teacher: bool) -> str:
     "What speaks against an approach, '' if nothing."
-    if approach in _LATER: return _LATER[approach]
-    if approach == 'preference': return 'not in this release' if preferences else 'the data has no preferred and rejected answers'
+    if lacking := _lacking(approach, preferences, teacher): return lacking
     if approach == 'few_shot' and candidate.context and 4 * candidate.tokens['p95'] > candidate.context:
         return f'three examples and a question do not fit in {candidate.context:,} tokens'
     return f'needs {memory_gb:.1f} GB, {candidate.memory_limit_gb:.1f} GB are allowed' if memory_gb > candidate.memory_limit_gb else ''
 
-# %% ../../nbs/2_selection/choose.ipynb #6fb7c2ae
+# %% ../../nbs/2_selection/choose.ipynb #43c382d6
 def approach_records(candidate: Candidate,        # the chosen base
                      memory: dict[str, float],    # approach → GB, estimated
                      rank: int,
                      rows: int,                   # training rows
                      preferences: int = 0,        # rows with a preferred and a rejected answer
+                     teacher: bool = False,       # whether the recipe names one
                     ) -> list[dict[str, Any]]:
     "One record for each approach, what is not measured called so."
     unmeasured = {key: NOT_MEASURED for key in ('seconds', 'seconds_low', 'seconds_high', 'loss_slope', 'forgetting_slope', 'verdict')}
     records = []
     for approach in APPROACHES:
-        why_not = _obstacle(approach, candidate, memory[approach], preferences)
+        why_not = _obstacle(approach, candidate, memory[approach], preferences, teacher)
         records.append({'approach': approach, 'feasible': not why_not, 'why_not': why_not, 'memory_gb': round(memory[approach], 2),
                         'artifact_mb': artifact_mb(approach, candidate, rank, rows), 'by_formula': ['memory_gb', 'artifact_mb']} | unmeasured)
     return records
@@ -164,7 +170,7 @@ def _memory(candidate: Candidate, train: Train) -> dict[str, float]:
     memory = {approach: need_gb(candidate, approach, train) for approach in APPROACHES[:-2]}
     return memory | {'few_shot': need_gb(candidate, 'inference', train), 'nearest_neighbour': 0.1}
 
-# %% ../../nbs/2_selection/choose.ipynb #e5852d0b
+# %% ../../nbs/2_selection/choose.ipynb #86d0ea74
 def choose(run: Run,
            curated: Any,   # with train and validation rows
           ) -> Choice:
@@ -174,6 +180,7 @@ def choose(run: Run,
     candidates = [measured(c, recipe, curated.validation) if c.feasible else c for c in candidates]
     chosen = best_base(candidates)
     preferences = sum('chosen' in row and 'rejected' in row for row in curated.train)
-    records = approach_records(chosen, _memory(chosen, recipe.train), recipe.train.rank, len(curated.train), preferences)
+    records = approach_records(chosen, _memory(chosen, recipe.train), recipe.train.rank, len(curated.train), preferences,
+                               recipe.train.distillation.teacher != 'none')
     advice = recommend(records, len(curated.train)) | {'asked': recipe.train.approach, 'approaches': records}
     return Choice(chosen.name, base_reason(chosen, candidates), [c.record() for c in candidates], advice)

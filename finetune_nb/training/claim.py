@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'Pairs', 'MARGIN', 'ANSWERED', 'trainable', 'Claim', 'not_measured', 'comparisons', 'claim_finding',
            'claim_table', 'claim_figure', 'shown', 'put_to_test']
 
-# %% ../../nbs/3_training/claim.ipynb #c8db9244
+# %% ../../nbs/3_training/claim.ipynb #b8240ea5
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,6 @@ from ..core.run import Run
 from ..core.show import BLUE, GREY, Shown, canvas, figure, join, number, say, table
 from ..core.statistics import Paired, decide, paired
 from ..model.batches import plan_batches
-from ..model.loading import load_tokenizer
 from ..model.template import Rendered, TemplateError, render
 from .panel import panel_probe
 from .plan import Plan
@@ -30,15 +29,15 @@ from .raw import raw_rows
 from .replay import REPLAY
 from .trials import each_once, short_plan
 
-# %% ../../nbs/3_training/claim.ipynb #af3ab6b7
-def trainable(tokenizer: Any, rows: Sequence[Row], max_tokens: int) -> tuple[list[tuple[Row, Rendered]], Counter]:
+# %% ../../nbs/3_training/claim.ipynb #a1411b26
+def trainable(tokenizer: Any, rows: Sequence[Row], train: Train) -> tuple[list[tuple[Row, Rendered]], Counter]:
     "Rows as tokens, and how many could not be used, by reason."
-    usable, unusable = [], Counter()
+    usable, unusable, limit = [], Counter(), train.max_tokens if train.long_rows == 'truncate' else None
     for row in rows:
-        try: one = render(tokenizer, row['messages'], row.get('tools'))
+        try: one = render(tokenizer, row['messages'], row.get('tools'), limit)
         except TemplateError: unusable['refused by the template'] += 1; continue
         if not any(one.trained): unusable['without an answer'] += 1
-        elif len(one.ids) > max_tokens: unusable['too long'] += 1
+        elif len(one.ids) > train.max_tokens: unusable['too long'] += 1
         else: usable.append((row, one))
     return usable, unusable
 
@@ -184,7 +183,7 @@ def _trials(run: Run, plan: Plan, curated: Pairs, raw: Pairs) -> list[tuple[dict
             out.append(({'arm': arm, 'seed': n}, short_plan(replace(plan, rows=rows, rendered=rendered, items=rendered), steps, seed)))
     return out
 
-# %% ../../nbs/3_training/claim.ipynb #05123b70
+# %% ../../nbs/3_training/claim.ipynb #c80fde70
 def _why_not(train: Train, plan: Plan) -> str:
     "What keeps the test from taking place, '' if nothing."
     if not train.claim.steps: return 'train.claim.steps is 0'
@@ -198,7 +197,7 @@ def put_to_test(run: Run,
     "Train on curated, raw and random rows with one budget, and compare; what is finished already is not trained again."
     if why := _why_not(plan.settings, plan): return not_measured(why)
     raw, barred = raw_rows(run.recipe, curated)
-    usable, unusable = trainable(load_tokenizer(plan.ref.path), raw, plan.settings.max_tokens)
+    usable, unusable = trainable(plan.tokenizer, raw, plan.settings)
     own = [(row, one) for row, one in zip(plan.rows, plan.rendered) if row.get('category') != REPLAY]
     if not usable: return not_measured('no raw row is left beside those like a held-out one')
     room = min(64, run.recipe.evaluate.max_new_tokens)

@@ -108,17 +108,17 @@ def curves_finding(curves: Curves | None) -> str:
     if curves.own == best: said.append('The recipe trains with it.')
     return ' '.join([*said, *_edges(best, curves), *_failed(curves)])
 
-# %% ../../nbs/3_training/curves.ipynb #15965c86
+# %% ../../nbs/3_training/curves.ipynb #df76d2ed
 def curves_table(curves: Curves | None) -> Shown:
     "Every setting with its losses."
     if not curves or not curves.cells: return say(curves_finding(curves))
     means, why = intervals(curves), {(cell['learning_rate'], cell['rank']): cell['why'] for cell in curves.cells if cell['loss'] is None}
     lines = [{'learning rate': f'{one[0]:g}', 'rank': one[1], 'mean validation loss': str(means[one]) if one in means else f'failed: {why[one]}',
-              'each seed': ' · '.join('failed' if loss is None else number(loss) for loss in by_seed.values()), "the recipe's": 'yes' if one == curves.own else ''}
-             for one, by_seed in losses_of(curves).items()]
+              'each seed': ' · '.join('failed' if loss is None else number(loss) for loss in by_seed.values()),
+              "the recipe's": 'yes' if one == curves.own else ''} for one, by_seed in losses_of(curves).items()]
     return table(lines, caption=f'Short trainings of {curves.steps} steps (mean with 95 % interval over seeds)')
 
-# %% ../../nbs/3_training/curves.ipynb #83324101
+# %% ../../nbs/3_training/curves.ipynb #58f3d902
 def _line(ax: Any, places: Sequence[float], found: list[Interval], **look: Any) -> None:
     "Means with their intervals; an interval without end is not drawn."
     reach = [[abs(end - one.value) if math.isfinite(end) else 0 for end, one in zip(ends, found)] for ends in ([i.low for i in found], [i.high for i in found])]
@@ -133,7 +133,8 @@ def curves_figure(curves: Curves | None) -> Shown:
     fig, ax = canvas()
     for value, colour, marker in zip(lines, (BLUE, ORANGE, GREEN, RED, GREY) * len(lines), 'os^Dv' * len(lines)):
         mine, name = sorted(one for one in means if one[1 - x] == value), ('rank', 'learning rate')[x]
-        if mine: _line(ax, [one[x] for one in mine], [means[one] for one in mine], color=colour, marker=marker, label=f'{name} {value:g}')
+        look = {'color': colour, 'marker': marker, 'label': f'{name} {value:g}'}
+        if mine: _line(ax, [one[x] for one in mine], [means[one] for one in mine], **look)
     for one in set(losses_of(curves)) - set(means): ax.annotate('failed', (one[x], 1), xycoords=('data', 'axes fraction'), ha='center', va='top', color=RED)
     ax.set(xlabel=('learning rate', 'rank')[x], ylabel='validation loss (nats)', xscale='log', title=f'After {curves.steps} steps, 95 % interval over seeds')
     ax.set_xticks(rates if x == 0 else ranks, [f'{value:g}' for value in (rates if x == 0 else ranks)], minor=False)

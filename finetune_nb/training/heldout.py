@@ -30,12 +30,13 @@ from ..curation.prints import fingerprints
 from ..curation.split import group_of
 from ..curation.steps import clean_rows, read_rows
 
-# %% ../../nbs/3_training/heldout.ipynb #24bcb76b
+# %% ../../nbs/3_training/heldout.ipynb #342c65c3
 SHORTEST, LONGEST = 160, 400   # characters of a passage
 
 def _is_prose(text: str) -> bool:
     "Whether a paragraph is a passage."
-    return SHORTEST <= len(text) <= LONGEST and text.endswith(('.', '!', '?', '。')) and sum(c.isalpha() or c == ' ' for c in text) > 0.9 * len(text)
+    letters = sum(c.isalpha() or c == ' ' for c in text)
+    return SHORTEST <= len(text) <= LONGEST and text.endswith(('.', '!', '?', '。')) and letters > 0.9 * len(text)
 
 def passages(text: str,       # of a document
             ) -> list[str]:   # each on one line
@@ -73,9 +74,10 @@ def _unseen(texts: Sequence[str], own: Sequence[Row]) -> list[str]:
     seen = frozenset().union(*map(row_shingles, own))
     return [text for text in texts if len((runs := shingles(text)) & seen) < HELD * len(runs)]
 
-# %% ../../nbs/3_training/heldout.ipynb #0233ef07
+# %% ../../nbs/3_training/heldout.ipynb #5c1b8d1c
 NEIGHBOURS = ('argparse', 'asyncio', 'calendar', 'collections', 'configparser', 'csv', 'email', 'fractions', 'html', 'http', 'ipaddress', 'json',
-              'logging', 'mailbox', 'pathlib', 'random', 'shutil', 'statistics', 'string', 'subprocess', 'tarfile', 'tempfile', 'textwrap', 'unittest', 'urllib', 'zipfile')
+              'logging', 'mailbox', 'pathlib', 'random', 'shutil', 'statistics', 'string', 'subprocess', 'tarfile', 'tempfile',
+              'textwrap', 'unittest', 'urllib', 'zipfile')
 
 def rows_from(sources: list[dict],   # as in the recipe's `data.sources`
               folder: Path,          # what paths are relative to
@@ -131,13 +133,12 @@ class HeldOut:
         "How many texts there are of each kind."
         return {'general': len(self.general), 'neighbours': len(self.neighbours)}
 
-# %% ../../nbs/3_training/heldout.ipynb #231245c1
+# %% ../../nbs/3_training/heldout.ipynb #2d317deb
 def _general(how: Forgetting, folder: Path, own: Sequence[Row], seed: int) -> tuple[list[str], str]:
     "Passages and where they come from."
     documents = _documents(how.general, folder) if how.general else _reference()
     drawn = _unseen(_spread([passages(text) for text in documents.values()], seed), own)[:how.rows]
-    named = 'files of train.forgetting.general' if how.general else f'the reference that comes with Python {sys.version_info[0]}.{sys.version_info[1]}'
-    if drawn: return drawn, named
+    if drawn: return drawn, 'files of train.forgetting.general' if how.general else 'the reference that comes with Python {}.{}'.format(*sys.version_info)
     if not documents: return [], 'this Python came without its documentation; name files in train.forgetting.general'
     return [], f'no paragraph of {SHORTEST} to {LONGEST} characters of prose was found that no row of the run holds'
 

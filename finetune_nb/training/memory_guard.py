@@ -108,7 +108,7 @@ def fitting_rows(rows: int,                       # wanted, of a forward pass
     while rows > 1 and need(rows) > free: rows = -(-rows // 2)
     return rows
 
-# %% ../../nbs/3_training/memory_guard.ipynb #663c5058
+# %% ../../nbs/3_training/memory_guard.ipynb #3d163250
 MEMORY = 'memory.json'
 
 class RowsAtOnce:
@@ -118,7 +118,7 @@ class RowsAtOnce:
                  folder: Path | None,   # of the log; None: nothing is written
                  stamp: str,            # of the training
                  first: int):           # rows wanted
-        self.file, self.stamp = folder and Path(folder) / MEMORY, stamp
+        self.file, self.stamp, self.wanted = folder and Path(folder) / MEMORY, stamp, first
         self.sizes, self.notes, self.memory = {1: first}, [], {}
         if known := self._known(): self.sizes, self.notes, self.memory = {int(step): n for step, n in known['rows'].items()}, known['notes'], known['memory']
 
@@ -127,7 +127,7 @@ class RowsAtOnce:
         if not self.file or not self.file.is_file(): return None
         try: known = read_json(self.file)
         except BadInput: return None
-        return known if known.get('stamp') == self.stamp else None
+        return known if (known.get('stamp'), known.get('wanted')) == (self.stamp, self.wanted) else None
 
     @property
     def fresh(self) -> bool:
@@ -150,4 +150,4 @@ class RowsAtOnce:
     def save(self, **memory: Any) -> None:
         "Write what is known; further facts by name."
         self.memory |= memory
-        if self.file: write_json(self.file, {'stamp': self.stamp, 'rows': self.sizes, 'notes': self.notes, 'memory': self.memory})
+        if self.file: write_json(self.file, {'stamp': self.stamp, 'wanted': self.wanted, 'rows': self.sizes, 'notes': self.notes, 'memory': self.memory})

@@ -79,7 +79,7 @@ def panel_probe(loaded: Loaded,                # for its tokenizer
         return [_seat(row, one) for row, one in zip(rows, said)]
     return probe
 
-# %% ../../nbs/3_training/panel.ipynb #527130c1
+# %% ../../nbs/3_training/panel.ipynb #bc7e6912
 def _pieces(before: str, now: str) -> list[tuple[str, bool]]:
     "The text in pieces, and whether each is new; all of it where little is left of what was."
     old, new = (re.findall(r'\w+|\W', text) for text in (before, now))
@@ -92,7 +92,8 @@ def _marked(before: str | None, now: str) -> Shown:
     if not now: return Shown('<em>(empty)</em>', '(empty)')
     pieces = _pieces(before, now) if before is not None else [(now, False)]
     html = ''.join(f'<mark>{escape(text)}</mark>' if new else escape(text) for text, new in pieces)
-    return Shown(f'<span class="answer" style="white-space:pre-wrap">{html}</span>', ''.join(f'**{text}**' if new and text.strip() else text for text, new in pieces))
+    markdown = ''.join(f'**{text}**' if new and text.strip() else text for text, new in pieces)
+    return Shown(f'<span class="answer" style="white-space:pre-wrap">{html}</span>', markdown)
 
 # %% ../../nbs/3_training/panel.ipynb #2d4aac2f
 SHOWN = 300   # characters of a prompt

@@ -137,7 +137,7 @@ def _no_room(step: int, items: list, why: str) -> str:
             'Use a smaller train.max_tokens, train.approach: qlora (a base in 4 bits) or lora instead of full, train.dtype: bfloat16, '
             'train.processes with train.parallel: fsdp on several GPUs, or a smaller base')
 
-# %% ../../nbs/3_training/trainer.ipynb #dad0d684
+# %% ../../nbs/3_training/trainer.ipynb #83f85284
 class CarefulTrainer(SummingTrainer):
     "Splits a step that does not fit, and tries the heaviest part first."
 
@@ -150,7 +150,7 @@ class CarefulTrainer(SummingTrainer):
             try: return work(rows)
             except Exception as error:
                 if not ran_out(error): raise
-                why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip('.')
             model.zero_grad()
             give_back()
             _set_random_state(state, self.args.device)
