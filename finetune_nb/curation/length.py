@@ -36,7 +36,7 @@ def _environment():
     made.globals.update(raise_exception=refuse, strftime_now=lambda pattern: __import__('datetime').datetime.now().strftime(pattern))
     return made
 
-# %% ../../nbs/1_curation/length.ipynb #6426aafb
+# %% ../../nbs/1_curation/length.ipynb #9ae8c624
 class _Encoded(dict):
     "Ids and offsets, as attributes and as items."
     __getattr__ = dict.__getitem__
@@ -54,19 +54,27 @@ class LightTokenizer:
         settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').exists() else {}
         plain = lambda token: token.get('content') if isinstance(token, dict) else token
         self.special = {name: plain(settings[name]) for name in ('bos_token', 'eos_token', 'pad_token', 'unk_token') if plain(settings.get(name))}
-        self.eos_token, self.added_tokens_decoder = self.special.get('eos_token'), self.backend.get_added_tokens_decoder()
-        self.template = _template_of(folder, settings) or PLAIN_TEMPLATE
-        self._compiled = _environment().from_string(self.template)
+        self.eos_token, self.bos_token = self.special.get('eos_token'), self.special.get('bos_token')
+        self.added_tokens_decoder = self.backend.get_added_tokens_decoder()
+        self.chat_template = _template_of(folder, settings) or PLAIN_TEMPLATE
+        self._compiled = _environment().from_string(self.chat_template)
 
-    def get_chat_template(self, tools: list | None = None) -> str: return self.template
+    def __len__(self) -> int: return self.backend.get_vocab_size()
+
+    def convert_tokens_to_ids(self, token: str) -> int | None: return self.backend.token_to_id(token)
+
+    def get_chat_template(self, tools: list | None = None) -> str: return self.chat_template
 
     def apply_chat_template(self, messages: list, tools: list | None = None, tokenize: bool = False, add_generation_prompt: bool = False) -> str:
         return self._compiled.render(messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.special)
 
-    def __call__(self, text: str, add_special_tokens: bool = False, return_offsets_mapping: bool = False, split_special_tokens: bool = False) -> _Encoded:
+    def __call__(self, text: str | list[str], add_special_tokens: bool = False, split_special_tokens: bool = False, **_: bool) -> _Encoded:
         self.backend.encode_special_tokens = split_special_tokens
-        coded = self.backend.encode(text, add_special_tokens=add_special_tokens)
-        return _Encoded(input_ids=coded.ids, offset_mapping=coded.offsets)
+        coded = self.backend.encode_batch([text] if isinstance(text, str) else list(text), add_special_tokens=add_special_tokens)
+        ids, offsets = [one.ids for one in coded], [one.offsets for one in coded]
+        return _Encoded(input_ids=ids[0], offset_mapping=offsets[0]) if isinstance(text, str) else _Encoded(input_ids=ids, offset_mapping=offsets)
+
+
 
 # %% ../../nbs/1_curation/length.ipynb #4520636d
 def _template_of(folder: Path, settings: dict) -> str | None:

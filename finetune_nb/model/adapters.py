@@ -69,13 +69,13 @@ def accelerate_adapters(model: nn.Module,   # with adapters or without
     for module in chosen: module.__class__ = DetourLinear
     return len(chosen)
 
-# %% ../../nbs/model/adapters.ipynb #1377b786
+# %% ../../nbs/model/adapters.ipynb #0e43f2d1
 _MALLOPT = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20}   # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
 
 def tune_processor(threads: int | None = None,   # None: OMP_NUM_THREADS if it is set, else one a core
                   ) -> dict[str, Any]:           # what was set
     "Set this process up for training on its processor."
-    cores = torch.cpu.get_capabilities().get('num_physical_cores') or os.cpu_count() or 1
+    cores = getattr(torch.cpu, 'get_capabilities', dict)().get('num_physical_cores') or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else cores
     wanted = threads or int(os.environ.get('OMP_NUM_THREADS') or min(cores, allowed))
     torch.set_num_threads(wanted)

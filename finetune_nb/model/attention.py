@@ -22,11 +22,12 @@ from transformers.masking_utils import sdpa_mask
 
 from .layout import Layout, Level
 
-# %% ../../nbs/model/attention.ipynb #3b8a38e1
+# %% ../../nbs/model/attention.ipynb #e7056526
 @cache
 def _native(dtype: torch.dtype) -> bool:
     "Whether this processor multiplies matrices of `dtype` at full speed."
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, 'get_capabilities', lambda: None)()
+    if able is None: return True   # an older torch does not tell
     names = {torch.bfloat16: ('avx512_bf16', 'amx_bf16', 'bf16', 'arm_bf16'), torch.float16: ('amx_fp16', 'avx512_fp16', 'fp16')}
     return dtype not in names or any(able.get(name) for name in names[dtype])
 

@@ -7,7 +7,7 @@ __all__ = ['PROBES', 'VERSION', 'NEUTRAL', 'SAMPLING', 'BLANKS', 'REMEDY', 'RECO
            'fingerprint', 'comparable', 'template_difference', 'TemplateChanged', 'check_template', 'save_record',
            'read_record', 'folder_check', 'folder_difference']
 
-# %% ../../nbs/model/fingerprint.ipynb #c6e3eb6f
+# %% ../../nbs/model/fingerprint.ipynb #3d688a9a
 import copy
 import json
 from os.path import commonprefix
@@ -17,7 +17,7 @@ from typing import Any
 from ..core.files import BadInput, digest, read_json, write_json
 from ..core.rows import Messages
 from .template import _stretches, render, terminators
-from .turns import CALLED, TOOL, TemplateError, written
+from .writing import CALLED, TOOL, TemplateError, written
 
 # %% ../../nbs/model/fingerprint.ipynb #8ac8f296
 def _turns(*said: str) -> Messages:

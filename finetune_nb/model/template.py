@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Coded', 'NEUTRAL', 'Rendered', 'render', 'prompt_ids', 'border_changes', 'terminators', 'fingerprint']
 
-# %% ../../nbs/model/template.ipynb #bc5a1644
+# %% ../../nbs/model/template.ipynb #d3767458
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..core.rows import Messages
-from .turns import PLAIN_TEMPLATE, PROBE, SIGNS, Layout, TemplateError, control, layout, once, surplus
+from .turns import PROBE, SIGNS, Layout, control, layout, surplus
+from .writing import PLAIN_TEMPLATE, TemplateError, once
 
 # %% ../../nbs/model/template.ipynb #cccff6d8
 def _pieces(made: Layout) -> list[tuple[int, int, bool]]:
@@ -67,10 +68,12 @@ def _plain(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> list[Code
     return [_behind(tokenizer, text[begin:end], ((found[0],) if found else ()) + NEUTRAL) if begin else _coded(tokenizer, [text[:end]])[0]
             for (begin, end), found in zip(spans, before)]
 
-# %% ../../nbs/model/template.ipynb #9d6cd212
+# %% ../../nbs/model/template.ipynb #b3fbe454
 def _letters(tokenizer: Any, token: str) -> list[int]:
     "A control token's ids as letters."
-    return (_behind(tokenizer, token, NEUTRAL, True) if _sensitive(tokenizer) else _coded(tokenizer, [token], True)[0])[0]
+    ids = (_behind(tokenizer, token, NEUTRAL, True) if _sensitive(tokenizer) else _coded(tokenizer, [token], True)[0])[0]
+    if tokenizer.convert_tokens_to_ids(token) not in ids or len(token) == 1: return ids
+    return [i for letter in token for i in _letters(tokenizer, letter)]   # a vocabulary may hold a control token's text as a piece
 
 def _ids(tokenizer: Any, made: Layout, spans: list[tuple[int, int]]) -> list[Coded]:
     "Ids of spans of a conversation; private characters become the letters of their control token."

@@ -12,12 +12,13 @@ from typing import Any
 
 from .log import INPUT, INPUT_TOKENS
 
-# %% ../../nbs/6_monitoring/served.ipynb #ba6ca183
+# %% ../../nbs/6_monitoring/served.ipynb #9a2da4d5
 LEAST, MOST = 5, 200   # requests that must be counted again before it means anything; requests that are
 
 def recounted(requests: Sequence[dict], tokenizer: Any) -> dict[str, int]:   # requests, and how many had as many tokens as here
     "Count the prompts of logged requests again."
-    from finetune_nb.model.template import TemplateError, prompt_ids
+    from finetune_nb.model.template import prompt_ids
+    from finetune_nb.model.writing import TemplateError
     seen = [r for r in requests if isinstance(r.get(INPUT), list) and isinstance(r.get(INPUT_TOKENS), int)][:MOST]
     alike = 0
     for request in seen:

@@ -6,11 +6,12 @@
 __all__ = ['Seen', 'seen_batches', 'seen_rows', 'squeezed', 'plain', 'control_texts', 'Answer', 'Told', 'template_text',
            'content_of', 'needs_tools', 'told', 'Side', 'side', 'place']
 
-# %% ../../nbs/3_training/evidence.ipynb #8117a41a
+# %% ../../nbs/3_training/evidence.ipynb #28cffb8f
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -135,17 +136,17 @@ def _end_at(text: str, after: int, bound: int, control: Sequence[str]) -> int:
     found = next((token for token in control if text.startswith(token, after + gap)), '')
     return after + gap + len(found) if found else after
 
-# %% ../../nbs/3_training/evidence.ipynb #422cdc9e
+# %% ../../nbs/3_training/evidence.ipynb #f7e2e080
 def _borders(tokenizer: Any, row: Row, text: str) -> list[tuple[int, int, int, int]] | None:
     "Begin, begin of content, its end, and end of each answer in the template's text; None where one is not found."
     out, cursor, control = [], 0, control_texts(tokenizer)
     for number, turn in enumerate(row['messages']):
         if turn['role'] != 'assistant': continue
         asked = template_text(tokenizer, row, number, ask=True) if number else None
-        begin = len(asked) if asked and text.startswith(asked) else cursor
+        begin = max(cursor, len(commonprefix((asked or '', text))))   # past what the others said, also where the invitation is written otherwise
         first, last = _content_at(text, content_of(turn), begin)
         if first < 0: return None
-        if not asked or not text.startswith(asked): begin = first
+        if not asked: begin = first
         cursor = _end_at(text, last, len(text), control)
         out.append((begin, first, last, cursor))
     return out

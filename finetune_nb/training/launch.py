@@ -75,15 +75,20 @@ def _start(command: Sequence[str], processes: int, folder: Path) -> list[subproc
                                         start_new_session=True))
     return out
 
-# %% ../../nbs/3_training/launch.ipynb #67e07330
+# %% ../../nbs/3_training/launch.ipynb #468849a0
 def _show(process: subprocess.Popen, seconds: float) -> None:
     "What the first process has said within some seconds."
     if process.stdout.closed or not select.select([process.stdout], [], [], seconds)[0]: return time.sleep(seconds)
     if text := os.read(process.stdout.fileno(), 1 << 16).decode(errors='replace'): print(text, end='', flush=True)
     else: process.stdout.close()
 
-def _watch(processes: list[subprocess.Popen]) -> None:
-    "Wait for all; one that fails ends the others, a signal is passed on to all."
+def _failed(processes: list[subprocess.Popen]) -> int | None:
+    "A process that has ended otherwise than well, rather one that was killed: the others fail because of it."
+    ended = [n for n, one in enumerate(processes) if one.poll()]
+    return min(ended, key=lambda n: (processes[n].returncode > 0, n), default=None)
+
+def _watch(processes: list[subprocess.Popen]) -> int | None:
+    "Wait for all; one that fails ends the others, a signal is passed on to all. The number of the first that failed."
     passed = False
     try:
         with stoppable() as stop:
@@ -92,8 +97,9 @@ def _watch(processes: list[subprocess.Popen]) -> None:
                 if stop and not passed:
                     for one in processes: one.send_signal(stop.signal)
                     passed = True
-                if any(one.poll() for one in processes) and not passed: return
+                if (failed := _failed(processes)) is not None and not passed: return failed
             while not processes[0].stdout.closed: _show(processes[0], 0)
+        return _failed(processes)
     finally: _end(processes)
 
 def _end(processes: list[subprocess.Popen]) -> None:
@@ -105,18 +111,18 @@ def _end(processes: list[subprocess.Popen]) -> None:
         one.wait()
         one.stdin.close()
 
-# %% ../../nbs/3_training/launch.ipynb #0e2ba31d
+# %% ../../nbs/3_training/launch.ipynb #ec79c9a1
 _KINDS = {kind.__name__: kind for kind in (BadInput, Diverged, DiskFull, OutOfMemory)}
 
-def _why(processes: list[subprocess.Popen], folder: Path) -> Exception | None:
+def _why(processes: list[subprocess.Popen], failed: int | None, folder: Path) -> Exception | None:
     "What went wrong, None if nothing did."
+    if failed is None: return None
     known = [json.loads(file.read_text()) for file in sorted(folder.glob('failed-*.json'))]
     if known: return _KINDS[known[0][0]](known[0][1])
-    failed = [n for n, one in enumerate(processes) if one.returncode not in (0, -9)] or [n for n, one in enumerate(processes) if one.returncode]
-    if not failed: return None
-    said = (folder / f'errors-{failed[0]}.txt').read_text(errors='replace').strip().splitlines()[-20:]
-    ended = f'was killed (signal {-processes[failed[0]].returncode})' if processes[failed[0]].returncode < 0 else 'failed'
-    return RuntimeError('\n'.join([f'process {failed[0]} of {len(processes)} {ended}; its last words:', *said]))
+    said = (folder / f'errors-{failed}.txt').read_text(errors='replace').strip().splitlines()[-20:]
+    code = processes[failed].returncode
+    ended = f'was killed (signal {-code})' if code < 0 else 'failed'
+    return RuntimeError('\n'.join([f'process {failed} of {len(processes)} {ended}; its last words:', *said]))
 
 def run_processes(command: Sequence[str],   # of one process
                   processes: int,
@@ -126,8 +132,7 @@ def run_processes(command: Sequence[str],   # of one process
     for attempt in range(attempts):
         with tempfile.TemporaryDirectory() as folder:
             started = _start(list(map(str, command)), processes, Path(folder))
-            _watch(started)
-            error = _why(started, Path(folder))
+            error = _why(started, _watch(started), Path(folder))
         if error is None: return
         if not isinstance(error, OutOfMemory) or 'start again' not in str(error) or attempt == attempts - 1: raise error
         print('starting again with fewer rows a forward pass', flush=True)

@@ -46,7 +46,7 @@ def validation_loss(model: nn.Module,
     model.train(was_training)
     return total
 
-# %% ../../nbs/3_training/trainer.ipynb #08a9e4f4
+# %% ../../nbs/3_training/trainer.ipynb #d25e040e
 class PlannedTrainer(SavesSafely, Trainer):
     "Takes its batches from a plan, one optimiser step at a time."
 
@@ -69,6 +69,11 @@ class PlannedTrainer(SavesSafely, Trainer):
             PartialState().distributed_type = DistributedType.MULTI_GPU   # accelerate asks the kind, then where the processes are
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled: self.accelerator.state.fsdp_plugin.set_state_dict_type('FULL_STATE_DICT')
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        "As the Trainer does it; a tied weight that was gathered twice is written once."
+        twice = getattr(self.accelerator.unwrap_model(self.model), 'all_tied_weights_keys', None) or {}
+        super()._save(output_dir, state_dict and {name: value for name, value in state_dict.items() if name not in twice})
 
     def get_train_dataloader(self) -> DataLoader:
         "The items of each step, in order."
