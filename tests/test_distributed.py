@@ -2,6 +2,8 @@
 import pickle
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,12 +116,22 @@ def alone(plan_of, tmp_path_factory):
     return folder
 
 
-def test_ddp_trains_to_the_same_numbers(plan_of, alone, tmp_path, capfd):
+@pytest.fixture(scope='module')
+def both(plan_of, tmp_path_factory):
+    "The same plans in two processes, and what they said."
+    folder = tmp_path_factory.mktemp('both')
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+        for name, value in (('CUDA_VISIBLE_DEVICES', ''), ('OMP_NUM_THREADS', '1')): patch.setenv(name, value)
+        in_two(folder, full=plan_of('full', checkpoint_minutes=1e-9), lora=plan_of(), single=plan_of(batch_size=1, max_steps=4))
+    return folder, said.getvalue()
+
+
+def test_ddp_trains_to_the_same_numbers(both, alone):
     "Adapters, all weights, and steps of one row, in which the second process has none."
-    in_two(tmp_path, full=plan_of('full'), lora=plan_of(), single=plan_of(batch_size=1, max_steps=4))
-    for name in ('full', 'lora', 'single'): assert_same(tmp_path / name, alone / name, 1e-5)
-    assert {p.name for p in (tmp_path / 'lora/checkpoints/step-000006').iterdir()} >= {'rng_state_0.pth', 'rng_state_1.pth', 'adapter_model.safetensors'}
-    assert capfd.readouterr().out.split('\n').count('lora 0') == 1   # the second process says nothing
+    folder, said = both
+    for name in ('full', 'lora', 'single'): assert_same(folder / name, alone / name, 1e-5)
+    assert {p.name for p in (folder / 'lora/checkpoints/step-000006').iterdir()} >= {'rng_state_0.pth', 'rng_state_1.pth', 'adapter_model.safetensors'}
+    assert said.split('\n').count('lora 0') == 1   # the second process says nothing
 
 
 def test_fsdp_trains_to_the_same_numbers(plan_of, alone, tmp_path):
@@ -131,19 +143,20 @@ def test_fsdp_trains_to_the_same_numbers(plan_of, alone, tmp_path):
 
 
 @pytest.mark.parametrize('parallel', ['ddp', pytest.param('fsdp', marks=pytest.mark.slow)])
-def test_two_processes_that_are_killed_resume(parallel, plan_of, tmp_path):
+def test_two_processes_that_are_killed_resume(parallel, plan_of, both, tmp_path):
     "One is killed in the middle of a step, the other does not wait for it; what follows gives the numbers of a training that nobody killed."
     plan = plan_of('full', parallel=parallel, checkpoint_minutes=1e-9)
-    in_two(tmp_path / 'whole', one=plan)
+    if parallel == 'fsdp': in_two(tmp_path / 'whole', full=plan)
     with pytest.raises(RuntimeError, match='process 1 of 2 was killed'): in_two(tmp_path / 'killed', 'kill', one=plan)
     steps = len(read_jsonl(tmp_path / 'killed/one/log.jsonl'))
     assert 0 < steps < 6
     in_two(tmp_path / 'killed', one=plan)
-    (log, curve, weights), (log_1, curve_1, weights_1) = told(tmp_path / 'killed/one'), told(tmp_path / 'whole/one')
+    (log, curve, weights), (log_1, curve_1, weights_1) = told(tmp_path / 'killed/one'), told((both[0] if parallel == 'ddp' else tmp_path / 'whole') / 'full')
     assert log == log_1 and curve == curve_1
     assert all(torch.equal(value, weights_1[name]) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_short_of_memory_they_start_again(plan_of, alone, tmp_path, capfd):
     "The process that ran out says so, all start again with single rows, and the numbers are the same."
     in_two(tmp_path, 'memory', lora=plan_of())

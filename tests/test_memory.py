@@ -42,20 +42,19 @@ def test_terms_grow_with_what_they_are_of():
 MEASURE = '''
 import json, sys
 import torch
-from finetune_nb.model.batches import collate
+from finetune_nb.model.adapters import accelerate_adapters, tune_processor
 from finetune_nb.model.loading import load_model
 from finetune_nb.model.memory import measured_memory, measured_terms, resident_gb
 from finetune_nb.model.step import answer_loss
 from peft import LoraConfig, get_peft_model
 name, approach, dtype, rows, length, steps = sys.argv[1:3] + [sys.argv[3], *map(int, sys.argv[4:])]
 libraries = resident_gb()
+tune_processor()   # as a training does
 loaded = load_model(name, dtype, 'cpu', attention='eager')
 model = loaded.model.requires_grad_(approach == 'full').train()
 model.config.use_cache = False
 if approach == 'lora': model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', task_type='CAUSAL_LM'))
-if approach == 'lora':
-    from finetune_nb.model.adapters import accelerate_adapters
-    accelerate_adapters(model)
+accelerate_adapters(model)
 optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 ids = torch.randint(10, len(loaded.tokenizer), (rows, length), generator=torch.Generator().manual_seed(0))
 labels = ids.clone()

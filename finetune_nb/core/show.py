@@ -38,8 +38,8 @@ def number(x: Any) -> str:
         return f'{x:,.3f}' if abs(x) < 10 else f'{x:,.1f}'
     return str(x)
 
-# %% ../../nbs/core/show.ipynb #a698b864
-TONES = {'PASS': 'good', 'BETTER': 'good', 'SAME': 'plain', 'NO CHANGE SEEN': 'good', 'complete': 'good', 'FAIL': 'bad', 'WORSE': 'bad', 'failed': 'bad', 'CHANGED': 'bad',
+# %% ../../nbs/core/show.ipynb #c298216f
+TONES = {'PASS': 'good', 'BETTER': 'good', 'SAME': 'plain', 'NO CHANGE SEEN': 'good', 'KEPT': 'good', 'FORGOT': 'bad', 'complete': 'good', 'FAIL': 'bad', 'WORSE': 'bad', 'failed': 'bad', 'CHANGED': 'bad',
          'DIFFERS': 'bad', 'blocked': 'warn', 'WAIVED': 'warn', 'INSUFFICIENT': 'warn', 'INCONCLUSIVE': 'warn', 'NOT MEASURED': 'none'}
 
 # %% ../../nbs/core/show.ipynb #b350c16f

@@ -123,23 +123,35 @@ def needs_tools(row: Row) -> bool:
     "Whether a conversation has what only some templates can write."
     return bool(row.get('tools')) or any(t['role'] == 'tool' or t.get('tool_calls') for t in row['messages'])
 
-# %% ../../nbs/3_training/evidence.ipynb #13a8864e
+# %% ../../nbs/3_training/evidence.ipynb #f064c5ce
 def _content_at(text: str, said: str, after: int) -> tuple[int, int]:
     "Begin and end of a content in the template's text; (-1, -1) where it is not found."
     for words in (said, said.rsplit('</think>', 1)[-1].strip()):
         if (at := text.find(words, after)) >= 0: return at, at + len(words)
     return -1, -1
 
-def _end_at(text: str, after: int, bound: int, control: Sequence[str]) -> int:
-    "Where the control token that follows at once ends; `after` where there is none."
-    gap = len(text[after:bound]) - len(text[after:bound].lstrip())
-    found = next((token for token in control if text.startswith(token, after + gap)), '')
-    return after + gap + len(found) if found else after
+def _end_at(text: str, after: int, ends: Sequence[Sequence[str]]) -> int:
+    "Where the control tokens that follow at once are over, of several sequences the one that goes furthest; `after` where there are none."
+    reached = [after] * max(1, len(ends))
+    for number, tokens in enumerate(ends):
+        for token in tokens:
+            rest = text[reached[number]:]
+            if not rest.lstrip().startswith(token): break
+            reached[number] += len(rest) - len(rest.lstrip()) + len(token)
+    return max(reached)
 
-# %% ../../nbs/3_training/evidence.ipynb #f7e2e080
+def _following(text: str, control: Sequence[str]) -> list[str]:
+    "The control tokens that a text begins with, blanks between them aside."
+    found, text = [], text.lstrip()
+    while token := next((token for token in control if text.startswith(token)), ''):
+        found.append(token)
+        text = text[len(token):].lstrip()
+    return found
+
+# %% ../../nbs/3_training/evidence.ipynb #2c2351d0
 def _borders(tokenizer: Any, row: Row, text: str) -> list[tuple[int, int, int, int]] | None:
     "Begin, begin of content, its end, and end of each answer in the template's text; None where one is not found."
-    out, cursor, control = [], 0, control_texts(tokenizer)
+    out, cursor, ends = [], 0, _ending(tokenizer)[1]
     for number, turn in enumerate(row['messages']):
         if turn['role'] != 'assistant': continue
         asked = template_text(tokenizer, row, number, ask=True) if number else None
@@ -147,27 +159,31 @@ def _borders(tokenizer: Any, row: Row, text: str) -> list[tuple[int, int, int, i
         first, last = _content_at(text, content_of(turn), begin)
         if first < 0: return None
         if not asked: begin = first
-        cursor = _end_at(text, last, len(text), control)
+        cursor = _end_at(text, last, ends)
         out.append((begin, first, last, cursor))
     return out
 
-# %% ../../nbs/3_training/evidence.ipynb #a3db4281
-def _ending(tokenizer: Any) -> tuple[str, str]:
-    "What invites an answer and what ends it."
+# %% ../../nbs/3_training/evidence.ipynb #c5cd128b
+def _ending(tokenizer: Any) -> tuple[str, tuple[tuple[str, ...], ...]]:
+    "What invites an answer, without blanks, and the control tokens that end it: more than one sequence where the last answer ends otherwise."
     return _probed(tokenizer, tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None, tokenizer.bos_token, tokenizer.eos_token)
 
 @lru_cache(maxsize=4)
-def _probed(tokenizer: Any, *settings: str | None) -> tuple[str, str]:
-    "The same, read off a probe; '' where it cannot be. Asked once for the same template and tokens."
-    probe = {'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'qz7'}]}
-    text, asked, bare = (template_text(tokenizer, probe, *how) for how in ((None, False), (1, True), (1, False)))
-    if not text or (at := text.find('qz7')) < 0: return '', ''
+def _probed(tokenizer: Any, *settings: str | None) -> tuple[str, tuple[tuple[str, ...], ...]]:
+    "The same, read off probes; nothing where it cannot be. Asked once for the same template and tokens."
+    probe = {'messages': [{'role': role, 'content': said} for role, said in (('user', 'x'), ('assistant', 'qz7'), ('user', 'x'), ('assistant', 'qz8'))]}
+    text, longer, asked, bare = (template_text(tokenizer, probe, *how) for how in ((2, False), (4, False), (1, True), (1, False)))
+    if not text or 'qz7' not in text: return '', ()
     invites = asked[len(bare):] if asked and bare and asked.startswith(bare) else ''
-    return plain(tokenizer, invites), plain(tokenizer, text[at + 3:_end_at(text, at + 3, len(text), control_texts(tokenizer))])
+    ends = [_following(whole.split('qz7', 1)[1], control_texts(tokenizer)) for whole in (text, longer) if whole and 'qz7' in whole]
+    always = commonprefix(ends)
+    return plain(tokenizer, invites), (tuple(always),) if always else tuple((found[0],) for found in ends if found)
 
+# %% ../../nbs/3_training/evidence.ipynb #23721833
 def _loosely(tokenizer: Any, row: Row) -> list[Answer]:
     "The answers of a conversation whose text the template does not give as it stands."
-    head, end = _ending(tokenizer)
+    head, ends = _ending(tokenizer)
+    end = plain(tokenizer, ''.join(ends[0])) if ends else ''
     name = lambda turn: ((turn.get('tool_calls') or [{}])[0].get('function') or (turn.get('tool_calls') or [{}])[0]).get('name', '')
     return [Answer('', head, '', plain(tokenizer, content_of(turn) or name(turn)), end, bool(turn.get('tool_calls')))
             for turn in row['messages'] if turn['role'] == 'assistant']

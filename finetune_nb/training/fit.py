@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fitted', 'fit']
 
-# %% ../../nbs/3_training/fit.ipynb #2ea342a5
+# %% ../../nbs/3_training/fit.ipynb #abdad551
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,6 +27,7 @@ from .journal import CommitsCheckpoints, Journal, KeepsJournal, StopsEarly, eval
 from .memory_guard import RowsAtOnce, fitting_rows, free_gb, peak_gb, predicted, watch_peak
 from .objective import Answers, Objective
 from .plan import Plan
+from .selftest import self_test
 from .start import take_weights
 from .together import OneWill, agreed, is_first, join, rank, world
 from .trainer import AnswerTrainer, arguments
@@ -84,7 +85,7 @@ def _rows_at_once(plan: Plan, folder: Path | None, device: str, dtype: str, memo
     rows.save(predicted=need(rows.at(1)), free=round(free, 3))
     return rows
 
-# %% ../../nbs/3_training/fit.ipynb #f25ea1c0
+# %% ../../nbs/3_training/fit.ipynb #28532e2d
 def _trainer(plan: Plan, model: Any, journal: Journal, folder: Path, device: str, objective: Objective, rows: RowsAtOnce,
              more: Sequence[TrainerCallback], keep: bool) -> AnswerTrainer:
     "The trainer of a plan, its callbacks in place."
@@ -93,7 +94,7 @@ def _trainer(plan: Plan, model: Any, journal: Journal, folder: Path, device: str
     callbacks = [KeepsJournal(journal, evaluation_points(total, settings.evals), total, minutes), Watchdog(journal, plan, objective), StopsEarly(journal, settings.patience),
                  *([CommitsCheckpoints(journal, checkpoints, plan.stamp)] if keep else [_SavesNothing()]), *more, OneWill()]
     writing = agreed(lambda: f'.writing-{os.getpid()}')
-    trainer = AnswerTrainer(model, arguments(settings, checkpoints / writing, plan.seed, device), plan.items, plan.steps, objective, rows, callbacks)
+    trainer = AnswerTrainer(model, arguments(settings, checkpoints / writing, plan.seed, device, look=keep and not journal.lines), plan.items, plan.steps, objective, rows, callbacks)
     if rank(): torch.manual_seed(plan.seed + rank())   # other rows, other dropout
     trainer.journal, trainer.validation = journal, [objective.collate(items) for items in plan.validation]
     return trainer
@@ -104,6 +105,16 @@ class _SavesNothing(TrainerCallback):
         control.should_save = False
         return control
 
+# %% ../../nbs/3_training/fit.ipynb #ca8bce68
+def _tried(plan: Plan, model: Any, objective: Objective, rows: RowsAtOnce, folder: Path, device: str) -> str:
+    "The self-test on the first rows, kept beside the log; a note where it turned packing off."
+    if world() > 1: return ''
+    part = objective.collate([plan.items[i] for i in plan.steps[0][:min(4, rows.at(1))]])
+    if not {'input_ids', 'attention_mask', 'labels'} <= set(part): return ''
+    found = self_test(model, {name: part[name].to(device) for name in ('input_ids', 'attention_mask', 'labels')})
+    found.save(folder)
+    return f'rows are padded: {found.why_not}' if found.why_not and plan.settings.packing == 'auto' else ''
+
 # %% ../../nbs/3_training/fit.ipynb #2e8ed3c2
 def _run(trainer: AnswerTrainer, found: Found) -> None:
     "All steps that are left; a signal ends them after the step in progress."
@@ -112,7 +123,7 @@ def _run(trainer: AnswerTrainer, found: Found) -> None:
         trainer.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, OneWill))   # it stays the last
         trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
 
-# %% ../../nbs/3_training/fit.ipynb #b5e992fe
+# %% ../../nbs/3_training/fit.ipynb #833e43a9
 def fit(plan: Plan,
         folder: Path | None = None,                                          # log and checkpoints go here; may be None where nothing is kept
         objective: Callable[[Any], Objective] | None = None,                 # of the model to train; None: the loss of the answers
@@ -133,7 +144,9 @@ def fit(plan: Plan,
     loaded = _model(plan, dtype, device, start)
     moved, early = moving(loaded.model), StopsEarly(journal, plan.settings.patience)
     if found.step < len(plan.steps) and not early.over:
-        trainer = _trainer(plan, loaded.model, journal, folder, device, objective(loaded.model) if objective else Answers(plan.pad_id), rows, callbacks, keep)
+        aim = objective(loaded.model) if objective else Answers(plan.pad_id)
+        if keep and (note := _tried(plan, loaded.model, aim, rows, folder, device)) and note not in rows.notes: rows.notes.append(note)
+        trainer = _trainer(plan, loaded.model, journal, folder, device, aim, rows, callbacks, keep)
         trainer.probes = probes(loaded) if probes else {}
         _run(trainer, found)
         rows.save(measured=round(peak_gb(device), 3))

@@ -46,7 +46,7 @@ def _lost(checkpoint: Path, step: int) -> str:
     if reason and place.is_dir(): print(f'the best checkpoint so far cannot be used, the best of the others counts: {place.name}: {reason}')
     return reason
 
-# %% ../../nbs/3_training/journal.ipynb #f0be6f2d
+# %% ../../nbs/3_training/journal.ipynb #d0c9bbc6
 class Journal:
     "What a training has gone through so far, in `log.jsonl` and in memory."
 
@@ -78,8 +78,8 @@ class Journal:
 
     @property
     def best(self) -> dict | None:
-        "The validation point with the lowest loss, the earliest of equals."
-        points = [p for p in self.curve if 'validation_loss' in p and p['step'] not in self.lost]
+        "The validation point with the lowest loss, the earliest of equals; the untouched model at step 0 does not compete."
+        points = [p for p in self.curve if p['step'] and 'validation_loss' in p and p['step'] not in self.lost]
         return min(points, key=lambda point: point['validation_loss'], default=None)
 
     @property

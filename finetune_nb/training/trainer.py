@@ -198,7 +198,7 @@ class CarefulTrainer(SummingTrainer):
         rows = self.rows.at(self.state.global_step + 1)
         return self._attempt(model, inputs, lambda n: self._whole(model, inputs, num_items_in_batch, n), 'in the middle', rows)
 
-# %% ../../nbs/3_training/trainer.ipynb #c0775434
+# %% ../../nbs/3_training/trainer.ipynb #6e877172
 class AnswerTrainer(CarefulTrainer):
     "Trains on an objective and enters what it sees in the journal."
 
@@ -221,18 +221,26 @@ class AnswerTrainer(CarefulTrainer):
         losses = [validation_loss(self.model, [self.validation[min(i, len(self.validation) - 1)]], self.objective) for i in turns]
         return summed([sum(w * loss for w, loss in zip(weights, losses) if w)], self.args.device)[0] / whole
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        "Measure the validation loss and ask the probes."
+    def _point(self) -> dict[str, Any]:
+        "What is measured at this moment; nothing that is drawn here changes what training draws."
+        state = _random_state(self.args.device)
         loss = self._validation_loss()
         point = {'step': self.state.global_step} | ({'validation_loss': loss} if math.isfinite(loss) else {})
         point |= {name: probe(self.model) for name, probe in self.probes.items()}
-        point = agreed(lambda: point)
-        if len(point) > 1: self.journal.curve.append(point)
+        _set_random_state(state, self.args.device)
+        return agreed(lambda: point)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        "Measure the validation loss and ask the probes, once a step."
+        known = {point['step']: point for point in self.journal.curve}
+        point = known.get(self.state.global_step) or self._point()
+        if point['step'] not in known and len(point) > 1: self.journal.curve.append(point)
+        loss = point.get('validation_loss', math.nan)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {'eval_loss': loss})
         if self.args.report_to: self.log({'eval_loss': loss})
         return {'eval_loss': loss}
 
-# %% ../../nbs/3_training/trainer.ipynb #4cb38d4b
+# %% ../../nbs/3_training/trainer.ipynb #216e1408
 _TOLD = os.environ.get('ACCELERATE_USE_FSDP') == 'true'   # by a launcher; later accelerate sets it itself
 
 def _sharding(train: Train) -> dict[str, Any]:
@@ -244,13 +252,14 @@ def arguments(train: Train,      # the recipe's section
               folder: Path,      # where the Trainer writes
               seed: int,
               device: str,       # cpu | cuda | mps
+              look: bool = False,   # measure the untouched model before the first step
              ) -> TrainingArguments:
     "The recipe's settings as `TrainingArguments`."
     args = TrainingArguments(
         output_dir=str(folder), max_steps=train.max_steps, per_device_train_batch_size=train.batch_size,
         learning_rate=train.learning_rate, lr_scheduler_type='linear', warmup_steps=round(train.warmup_ratio * train.max_steps),
         optim='adamw_torch', weight_decay=0.0, max_grad_norm=1.0, seed=seed, use_cpu=device == 'cpu', dataloader_pin_memory=False,
-        remove_unused_columns=False, disable_tqdm=True, report_to=list(train.report_to) or 'none', save_strategy='no', eval_strategy='no',
+        remove_unused_columns=False, disable_tqdm=True, report_to=list(train.report_to) or 'none', save_strategy='no', eval_strategy='no', eval_on_start=look,
         logging_strategy='steps' if train.report_to else 'no', logging_steps=1, ddp_find_unused_parameters=False, **_sharding(train))
     args._n_gpu = min(args.n_gpu, 1)   # several GPUs in one process would split the step's parts behind our back
     return args
