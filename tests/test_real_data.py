@@ -18,15 +18,10 @@ def run(tmp_path, tiny_model, sources, **data):
     return json.loads((tmp_path / 'reports' / 'real' / 'run.json').read_text())
 
 
-def test_public_data(tmp_path, tiny_model):
-    "Three files in three forms, one with tools, in one recipe."
+def test_public_data_and_python_packages(tmp_path, tiny_model):
+    "Three files in three forms, one with tools, and the docstrings of installed packages, in one recipe."
     names = ['gpteacher_roleplay', 'lf_alpaca_en_demo', 'lf_glaive_toolcall_en_demo']
-    record = run(tmp_path, tiny_model, [{'path': str(public_data(f'{name}.jsonl.gz'))} for name in names])
+    record = run(tmp_path, tiny_model, [*({'path': str(public_data(f'{name}.jsonl.gz'))} for name in names), {'python': ['json', 'email', 'argparse', 'logging']}])
     assert record['status'] == 'complete' and len(record['stages']) == 6
     kept = [json.loads(line) for line in (tmp_path / 'reports' / 'real' / 'data' / 'train.jsonl').read_text().splitlines()]
-    assert {row['source'] for row in kept} == set(names) and any(row.get('tools') for row in kept)
-
-
-def test_python_packages(tmp_path, tiny_model):
-    record = run(tmp_path, tiny_model, [{'python': ['json', 'email', 'argparse', 'logging']}])
-    assert record['status'] == 'complete'
+    assert set(names) < {row['source'] for row in kept} and any(row.get('tools') for row in kept)

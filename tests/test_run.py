@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from conftest import cli
 
@@ -222,6 +223,7 @@ def test_zero_steps_is_legal(recipe_of, tmp_path):
     assert read(tmp_path / 'reports' / 'zero' / 'run.json')['verdict']['verdict'] == 'SAME'
 
 
+@pytest.mark.slow   # the chapters train in full; this is the same through the command line
 def test_full_training_runs(recipe_of, tmp_path):
     recipe = recipe_of(tmp_path, train__approach='full')
     tree = yaml.safe_load(recipe.read_text())

@@ -40,7 +40,7 @@ pre.text { white-space: pre-wrap; overflow-wrap: anywhere; } p.finding { font-we
 .tokens .template, .token-key .template { color: var(--soft); font-style: italic; }
 '''
 
-# %% ../../nbs/report/page.ipynb #b8d8f827
+# %% ../../nbs/report/page.ipynb #562a229c
 PIECES = '''
 .scroll, .fn-output { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; line-height: 1.42; margin: 1rem 0; font-variant-numeric: tabular-nums; min-width: min(100%, 22rem); }
 table.full { width: 100%; } table.full td { max-width: none; } caption { text-align: left; color: var(--soft); padding: 0 0 .45rem; font-size: .86rem; }
@@ -49,7 +49,7 @@ td { border-bottom: 1px solid var(--faint); padding: .42rem .9rem .42rem 0; vert
 tbody tr:last-child td { border-bottom-color: var(--line); }
 .when { white-space: nowrap; } .wide { min-width: 12rem; } .badge { display: inline-block; font-size: .72rem; font-weight: 650; letter-spacing: .03em; line-height: 1.45; padding: .08rem .5rem; border-radius: 99px; white-space: nowrap; color: var(--tone, var(--none)); background: var(--tone-wash, var(--none-wash)); border: 1px solid color-mix(in srgb, var(--tone, var(--none)) 35%, transparent); }
 img { max-width: 100%; height: auto; } img.figure { display: block; background: #fff; border: 1px solid var(--faint); border-radius: 8px; padding: .7rem; margin: 1rem 0; }
-details > summary { cursor: pointer; } summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
+details > summary { cursor: pointer; font-size: .9rem; } summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 .fn-fold > summary { font-size: .78rem; color: var(--soft); display: inline-block; padding: .1rem 0; } .fn-fold > summary::before { content: "\\25b8\\00a0"; } .fn-fold[open] > summary::before { content: "\\25be\\00a0"; } .fn-source { margin: -.2rem 0 1rem; }
 .fn-error { border-left: 4px solid var(--bad); background: var(--bad-wash); padding: .7rem 1rem; border-radius: 0 6px 6px 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 .fn-timed { position: relative; } .fn-timed > span { position: absolute; right: .7rem; top: .35rem; font: .72rem system-ui, sans-serif; color: var(--soft); background: var(--wash); padding: 0 .3rem; }

@@ -75,7 +75,7 @@ def finding(tuned: Tuned) -> str:
     if base is not None and base <= tuned.kept_loss: end += f'. No step was better than the untrained base ({number(base)})'
     return said + f'; validation loss was lowest at step {tuned.best_step} ({number(tuned.kept_loss)}), {end}.'
 
-# %% ../../nbs/3_training/tuned.ipynb #2cd913c6
+# %% ../../nbs/3_training/tuned.ipynb #be2dfc6f
 def loss_figure(tuned: Tuned) -> Shown:
     "Training loss at each step and validation loss at its points, the kept one marked; a sentence where nothing was trained."
     if not tuned.log: return join(finding(tuned))
@@ -86,7 +86,7 @@ def loss_figure(tuned: Tuned) -> Shown:
     if tuned.kept_loss is not None:
         ax.annotate(f'kept: step {tuned.best_step}', (tuned.best_step, tuned.kept_loss), (0, 14), textcoords='offset points', ha='center',
                     arrowprops={'arrowstyle': '-'})
-    ax.set(xlabel='optimiser step', ylabel='loss (nats a trained token)', ylim=(0, None), title='Loss')
+    ax.set(xlabel='optimiser step', ylabel='loss (nats a trained token)', ylim=(0, 1.08 * max(ax.get_ylim())), title='Loss')
     ax.legend()
     return figure(fig, finding(tuned))
 
