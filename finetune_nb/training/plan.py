@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'make_plan']
 
-# %% ../../nbs/3_training/plan.ipynb #ef387a68
+# %% ../../nbs/3_training/plan.ipynb #8d3f683b
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from .panel import choose_panel
 from .preflight import Preflight, preflight
 from .replay import mix_replay, replay_rows
 from .taught import Taught, ask_teacher
+from .together import agreed
 
 # %% ../../nbs/3_training/plan.ipynb #4a75a6c1
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _in_order(tokenizer: Any, rows: Sequence[Row], held: HeldOut, settings: Trai
     mixed = mix_replay(steps, range(len(items), len(items) + len(ones)), dose, seed)
     return _Steps([*kept, *again], [*_plain(items), *ones], [*items, *ones], mixed, left)
 
-# %% ../../nbs/3_training/plan.ipynb #557af90d
+# %% ../../nbs/3_training/plan.ipynb #712dc587
 def _vocabulary(ref: ModelRef) -> int | None:
     "Rows of the base's embedding; None where its configuration does not say."
     config = read_json(ref.path / 'config.json')
@@ -128,7 +129,8 @@ def _answers_of(run: Run, rows: Sequence[Row], approach: str) -> tuple[Sequence[
     "The rows with whose answers they are trained on: their own, or a teacher's."
     recipe, how = run.recipe, run.recipe.train.distillation
     if approach != 'distillation' or how.learn != 'answers': return rows, None
-    taught = ask_teacher(how, rows, recipe.folder, run.path('cache', 'teacher.jsonl'), recipe.evaluate.max_new_tokens, recipe.data.clean)
+    ask = lambda: ask_teacher(how, rows, recipe.folder, run.path('cache', 'teacher.jsonl'), recipe.evaluate.max_new_tokens, recipe.data.clean)
+    taught = agreed(ask)   # one of several processes asks for all
     return taught.rows, taught
 
 # %% ../../nbs/3_training/plan.ipynb #5489ab7b

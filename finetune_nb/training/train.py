@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'other_settings']
 
-# %% ../../nbs/3_training/train.ipynb #9bcb720d
+# %% ../../nbs/3_training/train.ipynb #b5fa623c
 import gc
 import json
 import os
@@ -19,7 +19,7 @@ from typing import Any
 from ..core.files import BadInput, read_json, write_json
 from ..core.run import Run
 from ..model.fingerprint import save_record
-from ..model.loading import Loaded, ModelRef, load_tokenizer, pick_dtype
+from ..model.loading import Loaded, ModelRef, load_tokenizer, pick_device, pick_dtype
 from ..selection.candidates import count_parameters
 from .aims import aim_of, make_objective, objective_probes
 from .checkpoints import why_not
@@ -34,7 +34,7 @@ from .phases import warm_start
 from .plan import Plan, make_plan
 from .prompts import keep_prompt
 from .reward import reward_of
-from .together import is_first
+from .together import agreed, is_first, join
 from .trainer import validation_loss
 from .tuned import Tuned, load_tuned
 
@@ -139,24 +139,28 @@ def _complete(run: Run, plan: Plan, tuned: Tuned) -> Tuned:
     for left in ('checkpoints', 'supervised', 'reference.json', 'memory.json'): _remove(run.path('training', left))
     return tuned
 
-# %% ../../nbs/3_training/train.ipynb #7b942b65
+# %% ../../nbs/3_training/train.ipynb #687d6b17
+def _begin(run: Run, plan: Plan) -> None:
+    "Clear what an unfinished attempt left, and write down what is known before the first step."
+    for kind in ('adapter', 'model', 'training.json'): _remove(run.path('training', kind))
+    save_record(run.path('training'), plan.template)
+    plan.preflight.save(run.folder)
+
 def train(run: Run,
           curated: Any,   # with train and validation rows
           choice: Any,    # with base and advice
           plan: Plan | None = None,   # what `make_plan` gave; None: made here
          ) -> Tuned | None:           # None in a process that only helps another one
     "Train as the recipe says, or go on where a killed training stopped; raises BadInput before the first step."
+    join(pick_device())   # where a launcher has started several processes
     plan = plan or make_plan(run, curated, choice)
-    if done := _finished(run, plan):
+    if done := agreed(lambda: _finished(run, plan)):
         print('this training is finished already: same rows, settings and base')
         return done
     if plan.steps and launched(plan.settings.processes):
         launch(run.folder, plan.settings.processes)
         return Tuned.load(run.folder)
-    if is_first():
-        for kind in ('adapter', 'model', 'training.json'): _remove(run.path('training', kind))
-        save_record(run.path('training'), plan.template)
-        plan.preflight.save(run.folder)
+    agreed(lambda: _begin(run, plan))
     tuned = _tuned(run, plan)
     return _complete(run, plan, tuned) if tuned else None
 
