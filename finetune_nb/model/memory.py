@@ -58,13 +58,13 @@ def _activations(tokens: int, width: int, layer: float, size: Mapping[str, int],
     "Bytes kept for the backward pass."
     return tokens * (size['layers'] * width * size['hidden'] + layer if checkpointing else size['layers'] * layer)
 
-# %% ../../nbs/model/memory.ipynb #c8bff664
+# %% ../../nbs/model/memory.ipynb #e385f581
 BYTES = {'float32': 4, 'fp32': 4, 'bfloat16': 2, 'bf16': 2, 'float16': 2, 'fp16': 2, 'nf4': 0.5625}
-ALLOCATOR = {'processor': 2.0, 'gpu': 1.1}    # memory taken for a byte of activations
+ALLOCATOR = {('processor', 4): 1.4, ('processor', 2): 1.85, ('gpu', 4): 1.1, ('gpu', 2): 1.1}    # memory taken for a byte of activations, by bytes of a number
 SLICE = {'processor': 512, 'gpu': 2048}       # positions whose scores are held at once, as in the step
 LIBRARIES = 0.5e9                             # Python with torch, transformers and peft; on a GPU, its context
 
-# %% ../../nbs/model/memory.ipynb #85e60727
+# %% ../../nbs/model/memory.ipynb #75c3f080
 def estimate(parameters: int,                # of the base model
              approach: str = 'lora',         # full | lora | qlora | preference | distillation | prompt_tuning | inference
              batch_tokens: int = 4096,       # tokens of a forward pass
@@ -80,14 +80,14 @@ def estimate(parameters: int,                # of the base model
              **known: int | None,            # what `shape` gave
             ) -> dict[str, float]:           # GB by term, and 'total_gb', the peak: gradients and activations are not at their highest together
     "Peak memory of a training step (of a forward pass for 'inference'), in GB of 10⁹ bytes."
-    size, width, where = _guessed(parameters, known), BYTES.get(str(dtype).removeprefix('torch.'), 4), 'gpu' if fused else 'processor'
+    size, width, where = _guessed(parameters, known), int(BYTES.get(str(dtype).removeprefix('torch.'), 4)) or 2, 'gpu' if fused else 'processor'
     trained = trainable_parameters(approach, parameters, rank, size) if trainable is None else trainable
     full, learns = trained >= parameters, trained > 0
     layer = _layer(width, length or min(batch_tokens, 512), rank, size, full, fused)
     moving = trained * (width if full else 4)
     positions = min(SLICE[where], batch_tokens * trained_share)
     terms = {'weights': _weights(parameters, approach, width, size), 'adapter': 0 if full else moving, 'gradients': moving, 'optimiser': 2 * moving,
-             'activations': ALLOCATOR[where] * _activations(batch_tokens, width, layer, size, checkpointing or not learns),
+             'activations': ALLOCATOR[where, width] * _activations(batch_tokens, width, layer, size, checkpointing or not learns),
              'scores': positions * size['vocab'] * (width + 4 + 4 * full), 'libraries': LIBRARIES}
     return _peak(terms, accumulates)
 
