@@ -130,7 +130,7 @@ def test_dpo_learns_and_the_weights_on_disk_measure_the_same(tiny_model, tmp_pat
     first, *_, last = fitted.journal.curve
     assert fitted.journal.lines[0]['loss'] == pytest.approx(math.log(2), abs=1e-5)   # at the start nothing is gained
     assert fitted.journal.lines[-1]['loss'] < .6 and last['validation_loss'] < math.log(2)
-    assert last['preference']['accuracy'] == 1 and last['preference']['margin'] > first['preference']['margin'] > 0
+    assert last['preference']['accuracy'] == 1 and last['preference']['margin'] > first['preference']['margin'] >= 0
     # later, in another process: the weights of the checkpoint, the reference from its file
     model = load_model(str(tiny_model), 'float32', 'cpu')
     model = prepare(model, moves, 4)

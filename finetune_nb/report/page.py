@@ -19,7 +19,7 @@ mark { background: var(--warn-wash); color: inherit; padding: 0 .15em; }
 .warn { --tone: var(--warn); --tone-wash: var(--warn-wash); } .none, .plain { --tone: var(--none); --tone-wash: var(--none-wash); }
 '''
 
-# %% ../../nbs/report/page.ipynb #372b05b4
+# %% ../../nbs/report/page.ipynb #054320d2
 TYPE = '''
 * { box-sizing: border-box; } html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1.0625rem/1.62 Charter, "Bitstream Charter", "Iowan Old Style", Palatino, "Palatino Linotype", Georgia, serif; }
@@ -37,7 +37,7 @@ pre { background: var(--wash); border: 1px solid var(--faint); border-radius: 6p
 pre code { font-size: inherit; background: none; padding: 0; } .label { font-size: .8rem; color: var(--soft); margin-top: .8rem; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; } p.finding { font-weight: 600; max-width: 41rem; }
 .tokens { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.75; } .tokens .trained, .token-key .trained { background: #bfe8d7; color: #10231b; border-radius: 2px; border-bottom: 2px solid var(--good); }
-.tokens .template, .token-key .template { color: var(--soft); font-style: italic; }
+.tokens .template, .token-key .template { color: var(--soft); font-style: italic; } .tokens .truncated, .token-key .truncated { text-decoration: line-through; background: var(--bad-wash); }
 '''
 
 # %% ../../nbs/report/page.ipynb #562a229c
