@@ -105,7 +105,7 @@ class Augment(Section):
     share: Share = 0.2                                        # at most this share of the training rows
     families: list[Literal['adversarial', 'unusual format', 'boundary']] = ['adversarial', 'unusual format', 'boundary']
 
-# %% ../../nbs/core/sections.ipynb #671c70b8
+# %% ../../nbs/core/sections.ipynb #d318bc41
 class Judge(Section):
     "Who judges clarity and quality."
     model: Model = 'none'                                     # none | likelihood | starter | local folder | {url, model, key_env}
@@ -130,6 +130,12 @@ class Requirements(Section):
     memory_gb: Annotated[float, Field(gt=0)] | None = None    # None: what this machine has
     minutes: Annotated[float, Field(gt=0)] | None = None      # budget for training
     floor: float | None = None                                # least score of evaluate.metric that would do
+    languages: list[str] = []                                 # that the model must write, as ISO 639-1 codes: en, de, zh
+    context: Annotated[int, Field(ge=1)] | None = None        # tokens a prompt and its answer may need together
+    seconds: Annotated[float, Field(gt=0)] | None = None      # longest mean time of one answer
+    answers_per_second: Annotated[float, Field(gt=0)] | None = None   # wanted of the machine as a whole
+    private: bool = False                                     # nothing leaves this machine: no hub, no endpoint
+    hardware: str = 'detected'                                # or described: 1x A100 80GB, 8x H100, 4 cores 16GB
 
 class Selection(Section):
     "How much is tried out before the choice."
@@ -206,7 +212,7 @@ class Train(Section):
     curves: Curves = Curves()
     claim: Claim = Claim()
 
-# %% ../../nbs/core/sections.ipynb #6538ee1a
+# %% ../../nbs/core/sections.ipynb #d69ad7c6
 class Rivals(Section):
     "Who else answers the test rows."
     few_shot: Annotated[int, Field(ge=0)] = 3                 # training rows shown to the base in its prompt; 0: it is not asked
@@ -221,7 +227,7 @@ class Pairs(Section):
 
 class Panel(Section):
     "What must not get worse."
-    rows: Annotated[int, Field(ge=0)] = 8                     # prompts of each kind; 0: NOT MEASURED
+    rows: Annotated[int, Field(ge=0)] = 16                    # prompts of each kind; 0: NOT MEASURED
     files: list[str] = []                                     # files of rows of your own, beside the bundled ones
     block: bool = True                                        # a proven regression keeps the model from being promoted
 

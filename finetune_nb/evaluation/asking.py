@@ -102,7 +102,7 @@ def _ask_previous(run: Run, rows: Sequence[Row], asked: Asked) -> None:
     asked.told.append({'answerer': 'previous', 'what': previous.said(rows)})
     asked.seen.extend(previous.seen(rows))
 
-# %% ../../nbs/4_evaluation/asking.ipynb #ba614814
+# %% ../../nbs/4_evaluation/asking.ipynb #f51b990c
 def ask_all(run: Run,                # open run
             curated: Any,            # stage 1: train and validation rows
             choice: Any,             # stage 2: the base
@@ -111,7 +111,7 @@ def ask_all(run: Run,                # open run
            ) -> Asked:
     "Base, base with examples, previous and tuned model on the same rows; one model in memory at a time."
     asked = Asked()
-    check_harness(run.recipe.evaluate.harness.tasks)
+    check_harness(run.recipe.evaluate.harness.tasks, run.recipe.folder)
     if not rows: return asked
     _ask_base(run, curated, choice.base, tuned.ships_in, rows, asked)
     _give_back()

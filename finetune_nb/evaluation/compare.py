@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BESIDE', 'metrics_for', 'predictions', 'evaluate']
 
-# %% ../../nbs/4_evaluation/compare.ipynb #9ca9c5aa
+# %% ../../nbs/4_evaluation/compare.ipynb #5f3441e9
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from .slices import clusters_of, slices_of
 from .standing import call, standing
 from .verdict import Verdict, conclude, with_evidence
 from ..model.metrics import metric_of
+from ..training.heldout import held_out
 
 # %% ../../nbs/4_evaluation/compare.ipynb #180bf86a
 _ALWAYS = ('stop_rate', 'refusal', 'repetition', 'bits_per_byte')
@@ -86,11 +87,20 @@ def _doubted(verdict: Verdict, effect: Effect) -> Verdict:
     more = ' This is called memorising.' if found.memorising else ''
     return replace(verdict, because=verdict.because + more + (' A few examples in the prompt do as well: do not fine-tune.' if found.few_shot_enough else ''))
 
-# %% ../../nbs/4_evaluation/compare.ipynb #5a0e5d8a
+# %% ../../nbs/4_evaluation/compare.ipynb #384707ae
+def _also_seen(run: Run, curated: Any) -> dict[str, list[Row]]:
+    "What training saw beside its training rows: rows that chose the checkpoint, rows replayed from another task."
+    forgetting, replayed = run.recipe.train.forgetting, []
+    if forgetting.replay:
+        rows = [*curated.train, *curated.validation, *curated.test]
+        replayed = held_out(forgetting, run.recipe.folder, rows, run.seed('training', 'forgetting')).replay
+    return {'validation rows': list(curated.validation), 'replayed rows': list(replayed)}
+
+# %% ../../nbs/4_evaluation/compare.ipynb #2de8999f
 def _contamination(run: Run, curated: Any, rows: Sequence[Row], made: list[dict], metrics: list[str], lower: frozenset[str]) -> tuple[list[dict], dict]:
     "The predictions with what training has seen of them, and what that means for the scores."
     seed = run.seed('evaluation', 'contamination')
-    found = find_contamination(curated.train, rows)
+    found = find_contamination(curated.train, rows, _also_seen(run, curated))
     found = replace(found, exam=examine_detector(curated.train, rows, seed))
     marked = [{**p, **{key: found.by_id[p['id']][key] for key in ('overlap', 'contaminated')}} for p in made]
     found = replace(found, metrics=by_contamination(marked, metrics, seed, lower))

@@ -6,9 +6,9 @@
 __all__ = ['LONG', 'KINDS', 'EXAM_ROWS', 'EXAM_TRAIN', 'SHOWN', 'by_contamination', 'examine_detector', 'Contamination',
            'find_contamination', 'shown']
 
-# %% ../../nbs/4_evaluation/contamination.ipynb #6ee5b14e
+# %% ../../nbs/4_evaluation/contamination.ipynb #8ddfc9f3
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -99,22 +99,29 @@ def _by_row(train: Sequence[Row], test: Sequence[Row]) -> list[dict]:
                     'contaminated': bad if asked or bad else None, 'words': run, 'partner': partner})
     return out
 
-# %% ../../nbs/4_evaluation/contamination.ipynb #8b164e23
-def _marked(text: str, other: str, most: int = 1200) -> str:   # HTML
-    "A text with the words marked that lie in a run which the other text has too."
-    text = text[:most] + ('…' if len(text) > most else '')
+# %% ../../nbs/4_evaluation/contamination.ipynb #c6282c28
+def _spans(text: str, other: str) -> list[list[int]]:   # [first, last + 1], in characters
+    "Where a text has words in a run that the other text has too."
     places = [m.span() for m in _WORD.finditer(text.lower() if len(text.lower()) == len(text) else text)]
     words = lambda t: [re.sub(r'\W', '', w) for w in _WORD.findall(t.lower())]
     mine, runs = words(text)[:len(places)], words(other)
     theirs = {tuple(runs[i:i + RUN]) for i in range(len(runs) - RUN + 1)}
-    hit = [False] * len(places)
-    for i in range(len(mine) - RUN + 1):
-        if tuple(mine[i:i + RUN]) in theirs: hit[i:i + RUN] = [True] * RUN
-    out, at = [], 0
-    for on, (low, high) in zip(hit, places):
-        out += [escape(text[at:low]), f'<mark>{escape(text[low:high])}</mark>' if on else escape(text[low:high])]
-        at = high
-    return (''.join(out) + escape(text[at:])).replace('</mark> <mark>', ' ')
+    hits = [i for i in range(len(mine) - RUN + 1) if tuple(mine[i:i + RUN]) in theirs]
+    found: list[list[int]] = []
+    for i in hits:
+        low, high = places[i][0], places[i + RUN - 1][1]
+        if found and low <= found[-1][1] + 1: found[-1][1] = high
+        else: found.append([low, high])
+    return found
+
+def _marked(text: str, spans: Sequence[Sequence[int]], most: int = 1200) -> str:   # HTML
+    "A text with its spans marked."
+    out, at, end = [], 0, min(len(text), most)
+    for low, high in spans:
+        if low >= end: break
+        out += [escape(text[at:low]), f'<mark>{escape(text[low:min(high, end)])}</mark>']
+        at = min(high, end)
+    return ''.join(out) + escape(text[at:end]) + ('…' if len(text) > most else '')
 
 # %% ../../nbs/4_evaluation/contamination.ipynb #b3dd784c
 def by_contamination(predictions: Sequence[dict],                 # with `contaminated`
@@ -179,15 +186,16 @@ def _exam(kind: str, around: list[Row], rows: list[Row], chosen: list[Row]) -> d
     return {'kind': kind, 'n': len(wanted), 'found': hits, 'recall': recall.value, 'low': recall.low, 'high': recall.high, 'alarms': alarms, 'others': others,
             'alarm_high': false.high, 'precision': right.value if hits + alarms else None, 'precision_low': right.low}
 
-# %% ../../nbs/4_evaluation/contamination.ipynb #ac0cfb37
+# %% ../../nbs/4_evaluation/contamination.ipynb #ba67b278
 SHOWN = 5   # rows with the largest overlap
 
 @dataclass(frozen=True)
 class Contamination:
     "What training has seen of the test rows."
-    rows: list[dict] = field(default_factory=list)      # id, overlap and answer_overlap, contaminated, words of the longest run, partner: one a test row
+    rows: list[dict] = field(default_factory=list)      # id, overlap and answer_overlap, contaminated, words of the longest run, partner, where, spans: one a test row
     worst: list[dict] = field(default_factory=list)     # of the largest overlaps: id, overlap, contaminated, test and train as HTML
     trained: int = 0                                    # training rows looked through
+    others: dict[str, int] = field(default_factory=dict)   # how the rest of what training saw is called, and its rows
     exam: list[dict] = field(default_factory=list)      # the detector's own, by kind of copy
     metrics: list[dict] = field(default_factory=list)   # from `by_contamination`
 
@@ -210,43 +218,61 @@ class Contamination:
     def _repr_html_(self) -> str: return shown(self).html
     def _repr_markdown_(self) -> str: return shown(self).markdown
 
-# %% ../../nbs/4_evaluation/contamination.ipynb #acaa8fe2
+# %% ../../nbs/4_evaluation/contamination.ipynb #a757579a
+def _rests(parts: dict[str, dict]) -> str:
+    "Whether a gain rests on contaminated rows."
+    whole, clean = parts['all'], parts['clean']
+    if clean.get('low') is None or whole.get('low') is None: return f'Whether the gain in {whole["metric"]} rests on them is NOT MEASURED: too few clean rows.'
+    sign = -1 if whole.get('better') == 'less' else 1
+    sure = lambda part: min(sign * part['low'], sign * part['high']) > 0
+    told = f'{whole["metric"]}: {whole["delta"]:+.3f} on all rows, {clean["delta"]:+.3f} ({clean["low"]:+.3f} to {clean["high"]:+.3f}) on the {clean["n"]} clean ones.'
+    if not sure(whole): return told
+    return told + (' The gain stands without them.' if sure(clean) else ' The gain is NOT proven without them: it may rest on rows that training has seen.')
+
+# %% ../../nbs/4_evaluation/contamination.ipynb #f69139b6
 def _headline(found: Contamination) -> str:
     "How many test rows training has seen, and whether the gain rests on them."
     if not found.rows: return 'Contamination: NOT MEASURED (no test rows).'
     bad, open_ = sum(bool(row['contaminated']) for row in found.rows), sum(row['contaminated'] is None for row in found.rows)
     most = max((row['overlap'] for row in found.rows if row['overlap'] is not None), default=0)
-    said = f'{bad} of {len(found.rows)} test rows stand in the {found.trained:,} training rows; the largest overlap is {most:.0%} of a prompt\'s own words.'
+    more = ''.join(f', {count:,} {name}' for name, count in found.others.items())
+    said = f'{bad} of {len(found.rows)} test rows stand in what training saw ({found.trained:,} training rows{more}); the largest overlap is {most:.0%} of a prompt\'s own words.'
     if open_: said += f' NOT MEASURED for {open_} rows, whose prompts have fewer than {SHORT[0]} words or none of their own.'
     first = {r['rows']: r for r in found.metrics[:3]}
-    if not bad or 'clean' not in first or first['clean'].get('delta') is None: return said
-    return f'{said} {first["all"]["metric"]}: {first["all"]["delta"]:+.3f} on all rows, {first["clean"]["delta"]:+.3f} on clean ones.'
+    if not bad or 'clean' not in first: return said
+    return f'{said} {_rests(first)}'
 
-# %% ../../nbs/4_evaluation/contamination.ipynb #928782f5
-def find_contamination(train: Sequence[Row],   # training rows; rows replayed from another task are not looked through
-                       test: Sequence[Row],    # test rows
+# %% ../../nbs/4_evaluation/contamination.ipynb #810f3eb2
+def find_contamination(train: Sequence[Row],                          # training rows
+                       test: Sequence[Row],                           # test rows
+                       others: Mapping[str, Sequence[Row]] = {},      # what else training saw, by its name: replayed rows, validation rows
                       ) -> Contamination:
-    "For each test row its largest verified overlap with a training row."
-    rows = _by_row(train, test)
-    texts = {row['id']: _row_text(row) for row in [*train, *test]}
+    "For each test row its largest verified overlap with a row that training saw."
+    seen = {row['id']: (name, _row_text(row)) for name, rows in reversed(({'training rows': train} | dict(others)).items()) for row in rows}
+    rows, texts = [], {row['id']: _row_text(row) for row in test}
+    for found in _by_row([*train, *(row for rows in others.values() for row in rows)], test):
+        where, said = seen.get(found['partner'], (None, ''))
+        rows.append({**found, 'where': where, 'spans': _spans(texts[found['id']], said) if found['contaminated'] else []})
     top = sorted((r for r in rows if r['partner']), key=lambda r: (not r['contaminated'], -(r['overlap'] or 0), r['id']))[:SHOWN]
-    worst = [{**r, 'test': _marked(texts[r['id']], texts[r['partner']]), 'train': _marked(texts[r['partner']], texts[r['id']])} for r in top]
-    return Contamination(rows, worst, len(train))
+    sides = lambda text, other: _marked(text, _spans(text, other))
+    worst = [{**r, 'test': sides(texts[r['id']], seen[r['partner']][1]), 'train': sides(seen[r['partner']][1], texts[r['id']])} for r in top]
+    return Contamination(rows, worst, len(train), {name: len(rows) for name, rows in others.items() if rows})
 
-# %% ../../nbs/4_evaluation/contamination.ipynb #5d8d9ccd
+# %% ../../nbs/4_evaluation/contamination.ipynb #2eaf6ea9
 def _exam_table(found: Contamination) -> Shown:
     "The detector's exam."
     if not found.exam: return say("The detector's recall and precision: NOT MEASURED (too few clean test rows to plant).")
     lines = [{'copies planted': r['kind'], 'found': f'{r["found"]} of {r["n"]}', 'recall': f'{r["recall"]:.2f} ({r["low"]:.2f} to {r["high"]:.2f})',
               'alarms on rows not planted': f'{r["alarms"]} of {r["others"]} (at most {r["alarm_high"]:.0%})', 'precision': 'NOT MEASURED' if r['precision'] is None else f'{r["precision"]:.2f} (at least {r["precision_low"]:.2f})'} for r in found.exam]
-    return table(lines, caption="The detector's exam, on copies of this run's test rows planted among its training rows; 95 % intervals (Wilson)")
+    return table(lines, caption=f"The detector's exam, on copies of this run's test rows planted among at most {EXAM_TRAIN:,} of its training rows; "
+                 f"prompts of more than {SHORT[1]} words only; 95 % intervals (Wilson)")
 
-# %% ../../nbs/4_evaluation/contamination.ipynb #83302e95
+# %% ../../nbs/4_evaluation/contamination.ipynb #4b5b5862
 def shown(found: Contamination) -> Shown:
     "The finding as a page shows it."
     if not found.rows: return say(found.headline)
     cell = lambda html: Shown(f'<pre class="text">{html}</pre>', re.sub('</?mark>', '**', html))
-    worst = [{'test row': r['id'], 'overlap': ('' if r['overlap'] is None else f'{r["overlap"]:.0%}') + (' CONTAMINATED' if r['contaminated'] else ''), 'as tested': cell(r['test']), 'as trained': cell(r['train'])} for r in found.worst]
+    worst = [{'test row': r['id'], 'overlap': ('' if r['overlap'] is None else f'{r["overlap"]:.0%}') + (' CONTAMINATED' if r['contaminated'] else ''), 'seen among': r['where'], 'as tested': cell(r['test']), 'as trained': cell(r['train'])} for r in found.worst]
     scores = [{'metric': r['metric'], 'rows': r['rows'], 'n': r['n'], 'base': number(r['base']), 'tuned': number(r['tuned']),
                'difference': 'NOT MEASURED' if r['delta'] is None else f'{r["delta"]:+.3f}', '95 % interval': '' if r['low'] is None else f'{r["low"]:+.3f} to {r["high"]:+.3f}'} for r in found.metrics]
     seen = any(row['contaminated'] is True for row in found.rows)

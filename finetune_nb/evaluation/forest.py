@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNBOUNDED', 'forest']
 
-# %% ../../nbs/4_evaluation/forest.ipynb #98c07413
+# %% ../../nbs/4_evaluation/forest.ipynb #a82a0152
+from ..core.scores import SPECS
 from ..core.show import BLUE, GREY, INK, ORANGE, Shown, canvas, figure, text_block
 
-# %% ../../nbs/4_evaluation/forest.ipynb #1dd474e7
-UNBOUNDED = frozenset({'bits_per_byte', 'perplexity'})   # not on a scale from 0 to 1
+# %% ../../nbs/4_evaluation/forest.ipynb #862e5885
+UNBOUNDED = frozenset(name for name, spec in SPECS.items() if not spec.bounded)   # not on a scale from 0 to 1
 
 def _on_scale(r: dict) -> bool:
     "Whether a record's values are shares."

@@ -15,38 +15,51 @@ from ..core.files import BadInput
 from ..core.statistics import paired
 from .records import corrected, numbers
 
-# %% ../../nbs/4_evaluation/harness.ipynb #57b1724d
-def check_harness(tasks: Sequence[str]) -> None:   # as in the recipe
-    "Raise BadInput where tasks are named and lm-evaluation-harness is not installed."
+# %% ../../nbs/4_evaluation/harness.ipynb #aee343c0
+def _yaml(task: str, folder: Path) -> Path | None:
+    "The file that a task is written in; None for a name that the harness knows."
+    return (folder / task).resolve() if task.endswith(('.yaml', '.yml')) else None
+
+def check_harness(tasks: Sequence[str],            # as in the recipe
+                  folder: str | Path = '.',        # what paths are relative to
+                 ) -> None:
+    "Raise BadInput where tasks are named and their file or lm-evaluation-harness is not there."
     if tasks and find_spec('lm_eval') is None:
         raise BadInput("recipe: evaluate.harness.tasks: lm-evaluation-harness is not installed; pip install 'finetune_nb[harness]', or name no tasks")
+    for task in tasks:
+        if (path := _yaml(task, Path(folder))) and not path.is_file():
+            raise BadInput(f"recipe: evaluate.harness.tasks: {task}: no such file; paths are relative to the recipe's folder")
 
-# %% ../../nbs/4_evaluation/harness.ipynb #2ad25823
+# %% ../../nbs/4_evaluation/harness.ipynb #0726e853
 def _manager(task: str, folder: Path) -> tuple[Any, str]:
     "The harness' index of tasks, and the task's name in it; a YAML file is added to the index."
     import yaml
     from lm_eval.tasks import TaskManager
-    if not task.endswith(('.yaml', '.yml')): return TaskManager(), task
-    path = (folder / task).resolve()
-    if not path.is_file(): raise BadInput(f'{task}: no such file; paths are relative to the recipe\'s folder')
-    return TaskManager(include_path=str(path.parent)), yaml.safe_load(path.read_text(encoding='utf8'))['task']
+    path = _yaml(task, folder)
+    return (TaskManager(), task) if path is None else (TaskManager(include_path=str(path.parent)), yaml.safe_load(path.read_text(encoding='utf8'))['task'])
 
-# %% ../../nbs/4_evaluation/harness.ipynb #bb3d6789
+# %% ../../nbs/4_evaluation/harness.ipynb #4d26cbfc
 def _by_document(samples: Sequence[dict]) -> dict[str, dict[str, float]]:
-    "Metric → document → score, where a score is one number."
+    "Metric → document → score, where a score is one number; a metric of several filters is several."
     found: dict[str, dict[str, float]] = {}
+    several = len({one.get('filter') for one in samples}) > 1
     for one in samples:
         for metric in one.get('metrics', []):
-            if isinstance(one.get(metric), (int, float, bool)): found.setdefault(metric, {})[str(one['doc_id'])] = float(one[metric])
+            name = f'{metric} ({one["filter"]})' if several else metric
+            if isinstance(one.get(metric), (int, float, bool)): found.setdefault(name, {})[str(one['doc_id'])] = float(one[metric])
     return found
 
-# %% ../../nbs/4_evaluation/harness.ipynb #35bbefc0
+def _corpus_only(samples: Sequence[dict]) -> list[str]:
+    "Metrics that score no single document, such as perplexity: their parts are added up over all."
+    return sorted({metric for one in samples for metric in one.get('metrics', []) if not isinstance(one.get(metric), (int, float, bool))})
+
+# %% ../../nbs/4_evaluation/harness.ipynb #86f3d372
 def ask_harness(loaded: Any,            # one model (model.loading.Loaded)
                 tasks: Sequence[str],   # names, or paths of YAML files
                 limit: int,             # documents of a task
                 folder: Path,           # what paths are relative to
                 batch_size: int = 8,
-               ) -> dict[str, dict]:    # task → {'scores': metric → document → score, 'less': metrics of which less is better}, or {'why'}
+               ) -> dict[str, dict]:    # task → {'scores': metric → document → score, 'less': metrics of which less is better, 'corpus': those without a score a document}, or {'why'}
     "What one model scores on each document of each task."
     out = {}
     for task in tasks:
@@ -55,7 +68,7 @@ def ask_harness(loaded: Any,            # one model (model.loading.Loaded)
             out[task] = {'why': f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"}'}
     return out
 
-# %% ../../nbs/4_evaluation/harness.ipynb #378b7f58
+# %% ../../nbs/4_evaluation/harness.ipynb #1dffbed7
 def _run(loaded: Any, task: str, limit: int, folder: Path, batch_size: int) -> dict[str, dict]:
     "One task; a group of the harness is several."
     from lm_eval import simple_evaluate
@@ -64,9 +77,9 @@ def _run(loaded: Any, task: str, limit: int, folder: Path, batch_size: int) -> d
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, device=str(loaded.device))
     found = simple_evaluate(model=model, tasks=[name], limit=limit, bootstrap_iters=0, task_manager=manager, apply_chat_template=bool(loaded.tokenizer.chat_template))
     less = lambda one: [metric for metric, more in (found.get('higher_is_better', {}).get(one) or {}).items() if more is False]
-    return {one: {'scores': _by_document(samples), 'less': less(one)} for one, samples in found['samples'].items()}
+    return {one: {'scores': _by_document(samples), 'less': less(one), 'corpus': _corpus_only(samples)} for one, samples in found['samples'].items()}
 
-# %% ../../nbs/4_evaluation/harness.ipynb #d07b109e
+# %% ../../nbs/4_evaluation/harness.ipynb #10cd57c7
 def harness_records(base: dict[str, dict],    # from `ask_harness`
                     tuned: dict[str, dict],
                     margin: float = 0.02,     # differences inside it do not matter
@@ -77,11 +90,14 @@ def harness_records(base: dict[str, dict],    # from `ask_harness`
     for task, one in base.items():
         other = tuned.get(task) or {'why': 'it ran for the base and not for the tuned model'}
         why = one.get('why') or other.get('why')
-        if why: gaps.append({'metric': task, 'slice': 'all', 'family': 'harness', 'delta': None, 'verdict': 'NOT MEASURED', 'because': why})
+        gap = lambda metric, why: gaps.append({'metric': metric, 'slice': 'all', 'family': 'harness', 'delta': None, 'verdict': 'NOT MEASURED', 'because': why})
+        if why: gap(task, why)
+        else:
+            for metric in one.get('corpus', ()): gap(f'{task}, {metric}', 'the harness gives it for all documents together, so nothing can be paired')
         for metric, scores in one.get('scores', {}).items() if not why else ():
             after = other['scores'].get(metric, {})
             both = [key for key in scores if key in after]
             if not both: continue
             found = paired([scores[key] for key in both], [after[key] for key in both], seed=seed)
-            made.append({'metric': f'{task}, {metric}', 'slice': 'all', 'family': 'harness', 'better': 'less' if metric in one['less'] else 'more', **numbers(found)})
+            made.append({'metric': f'{task}, {metric}', 'slice': 'all', 'family': 'harness', 'better': 'less' if metric.partition(' (')[0] in one['less'] else 'more', **numbers(found)})
     return corrected(made, margin=margin) + gaps

@@ -6,28 +6,36 @@
 __all__ = ['TERMS', 'STATIONS', 'terms_of', 'seal', 'station', 'promise_path', 'read_promises', 'keep_promise', 'account',
            'broken', 'promise_shown', 'promise_line']
 
-# %% ../../nbs/4_evaluation/promise.ipynb #b67f079b
+# %% ../../nbs/4_evaluation/promise.ipynb #81bbb5cb
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..core.files import digest, read_json, write_json
+from ..core.files import digest, read_json, sha256_file, write_json
+from ..core.functions import is_function, split_function
+from ..core.recipe import metric_script
 from ..core.run import Run
 from ..core.show import Shown, say
 
-# %% ../../nbs/4_evaluation/promise.ipynb #988bd0a0
-TERMS = ('metric', 'slice', 'threshold', 'margin', 'max_rows', 'max_new_tokens')
+# %% ../../nbs/4_evaluation/promise.ipynb #ffbe2fa1
+TERMS = ('metric', 'code', 'slice', 'threshold', 'margin', 'max_rows', 'max_new_tokens')
 
-def terms_of(settings: Any,   # the recipe's `evaluate`
+def _code(metric: str, folder: str | Path) -> str:
+    "SHA-256 of the file that a metric lies in; '' for one that is known by name."
+    path = Path(folder) / Path(split_function(metric)[0]).expanduser() if is_function(metric) else metric_script(metric, folder)
+    return sha256_file(path) if path and path.is_file() else ''
+
+def terms_of(settings: Any,               # the recipe's `evaluate`
+             folder: str | Path = '.',    # what files are relative to: the recipe's
             ) -> dict:
     "What a recipe promises, in one fixed form."
-    said = {name: getattr(settings, name) for name in TERMS}
+    said = {name: getattr(settings, name) for name in TERMS if name != 'code'} | {'code': _code(settings.metric, folder)}
     return {name: float(value) if name in ('threshold', 'margin') else value for name, value in said.items()}
 
 def seal(terms: dict) -> str:   # 64 hex digits
     "SHA-256 of the terms as canonical JSON."
-    return digest({name: terms[name] for name in TERMS})
+    return digest({name: terms[name] for name in TERMS if name in terms})
 
 # %% ../../nbs/4_evaluation/promise.ipynb #13d81d23
 STATIONS = ('before stage 1', 'after curation', 'after training', 'after results were seen')
@@ -51,20 +59,20 @@ def read_promises(folder: str | Path) -> list[dict]:   # oldest first
     path = promise_path(folder)
     return read_json(path)['promises'] if path.is_file() else []
 
-# %% ../../nbs/4_evaluation/promise.ipynb #24199ab3
+# %% ../../nbs/4_evaluation/promise.ipynb #c27e0442
 def keep_promise(run: Run) -> dict:   # as the field `promise` of a verdict
     "Write down what the recipe promises if that is new, below what was promised before; then say what became of it."
-    told, terms = read_promises(run.folder), terms_of(run.recipe.evaluate)
+    told, terms = read_promises(run.folder), terms_of(run.recipe.evaluate, run.recipe.folder)
     if not told or told[-1]['sha256'] != seal(terms):
         told = [*told, {**terms, 'sha256': seal(terms), 'made': station(Path(run.folder)), 'time': datetime.now(UTC).isoformat(timespec='seconds')}]
         write_json(promise_path(run.folder), {'promises': told})
     return account(told)
 
-# %% ../../nbs/4_evaluation/promise.ipynb #da7e03cd
+# %% ../../nbs/4_evaluation/promise.ipynb #51b08c07
 def _changes(told: list[dict]) -> list[dict]:
     "Every change of terms: {'what', 'was', 'is', 'when'}."
     pairs = zip(told, told[1:])
-    return [{'what': name, 'was': old[name], 'is': new[name], 'when': new['made']} for old, new in pairs for name in TERMS if old[name] != new[name]]
+    return [{'what': name, 'was': old[name], 'is': new[name], 'when': new['made']} for old, new in pairs for name in TERMS if name in old and old[name] != new[name]]
 
 def account(told: list[dict],   # promises, oldest first
            ) -> dict:
@@ -72,11 +80,11 @@ def account(told: list[dict],   # promises, oldest first
     if not told: return {}
     changes, forged = _changes(told), [n for n, one in enumerate(told, 1) if seal(one) != one['sha256']]
     late = [c for c in changes if c['when'] == STATIONS[3]]
-    return {**{name: told[-1][name] for name in TERMS}, 'sha256': told[-1]['sha256'], 'made': told[0]['made'], 'kept': not (late or forged or told[0]['made'] == STATIONS[3]),
+    return {**{name: told[-1].get(name, '') for name in TERMS}, 'sha256': told[-1]['sha256'], 'made': told[0]['made'], 'kept': not (late or forged or told[0]['made'] == STATIONS[3]),
             'changes': changes, 'edited': forged}
 
-# %% ../../nbs/4_evaluation/promise.ipynb #567a7194
-_WORDS = {'metric': 'the success metric', 'slice': 'the slice that decides', 'threshold': 'the threshold', 'margin': 'the margin of SAME', 'max_rows': 'the number of test rows',
+# %% ../../nbs/4_evaluation/promise.ipynb #a9388d67
+_WORDS = {'metric': 'the success metric', 'code': "the success metric's file", 'slice': 'the slice that decides', 'threshold': 'the threshold', 'margin': 'the margin of SAME', 'max_rows': 'the number of test rows',
           'max_new_tokens': 'the longest answer'}
 
 def broken(promise: dict) -> list[str]:

@@ -6,12 +6,13 @@
 __all__ = ['LOWER_IS_BETTER', 'WORTH_FINDING', 'columns', 'compare', 'word', 'numbers', 'identical', 'record', 'corrected',
            'slice_value', 'slices', 'deciding', 'measure']
 
-# %% ../../nbs/4_evaluation/records.ipynb #57d5fa5a
+# %% ../../nbs/4_evaluation/records.ipynb #2b8632bc
 import math
 from collections.abc import Sequence
 
 from ..core.files import BadInput
 from ..core.recipe import nearest
+from ..core.scores import SPECS
 from ..core.statistics import ALPHA, Paired, holm, mcnemar, paired, rows_needed
 
 # %% ../../nbs/4_evaluation/records.ipynb #8a59e385
@@ -41,8 +42,8 @@ def compare(predictions: Sequence[dict],   # one for each test row
     a, b, clusters = columns(predictions, metric, left, right)
     return paired(a, b, clusters=clusters, seed=seed) if a else None
 
-# %% ../../nbs/4_evaluation/records.ipynb #91e88a9c
-LOWER_IS_BETTER = frozenset({'bits_per_byte', 'perplexity', 'repetition', 'refusal'})   # for every other metric, more is better
+# %% ../../nbs/4_evaluation/records.ipynb #dcbad296
+LOWER_IS_BETTER = frozenset(name for name, spec in SPECS.items() if spec.lower_is_better)   # for every other metric, more is better
 
 def word(record: dict,              # its low, high, low90, high90, and the p of its table
          p: float,                  # after correction

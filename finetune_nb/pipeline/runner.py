@@ -6,7 +6,7 @@
 __all__ = ['DONE', 'FAILED', 'BAD_INPUT', 'BLOCKED', 'NOT_BETTER', 'INTERRUPTED', 'Ending', 'check_recipe', 'span', 'locked',
            'set_state', 'run_stage', 'run_pipeline', 'finish_dead']
 
-# %% ../../nbs/pipeline/runner.ipynb #45508b22
+# %% ../../nbs/pipeline/runner.ipynb #e21272d4
 import fcntl
 import os
 import signal
@@ -22,6 +22,7 @@ from typing import Any
 from ..core.files import BadInput, write_json
 from ..core.recipe import Recipe, load_recipe, save_recipe
 from ..core.run import STAGES, Run, find_run
+from ..core.scores import SPECS
 from ..evaluation.promise import broken, keep_promise
 from .estimate import forecast
 from .execute import execute
@@ -40,12 +41,17 @@ class Ending:
     status: str       # complete | blocked | failed
     message: str = '' # why, in words
 
-# %% ../../nbs/pipeline/runner.ipynb #4468c74a
+# %% ../../nbs/pipeline/runner.ipynb #64064e50
 def check_recipe(recipe: Recipe) -> None:
     "Raise BadInput for what the recipe's types cannot see."
     from finetune_nb.curation.gates import check_thresholds
+    from finetune_nb.evaluation.harness import check_harness
     check_thresholds(recipe.gates)
     for files in (raw_files, training_files, evaluation_files): files(Run(recipe.folder, recipe))
+    check_harness(recipe.evaluate.harness.tasks, recipe.folder)
+    if recipe.evaluate.metric not in SPECS or SPECS[recipe.evaluate.metric].needs == 'schema':   # one of the user's own, or of a hub
+        from finetune_nb.model.metrics import metric_of
+        metric_of(recipe.evaluate.metric, recipe.folder, recipe.data.answers.json_schema)
     for name in recipe.base_models:
         if name.startswith(('.', '/', '~')) and not (recipe.folder / os.path.expanduser(name)).is_dir():
             raise BadInput(f'base_models: {name}: no such folder; paths are relative to the recipe\'s folder')
