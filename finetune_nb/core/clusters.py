@@ -59,13 +59,21 @@ def _pivots(sums: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
     error = np.sqrt(np.maximum(squares - 2 * mean * cross + mean**2 * rows2, 0) * len(sums) / (len(sums) - 1)) / rows
     return np.where(error > 1e-5 * np.abs(mean), mean / np.maximum(error, 1e-12), np.sign(mean) * 1e9)
 
-# %% ../../nbs/core/clusters.ipynb #ff125e62
+# %% ../../nbs/core/clusters.ipynb #37aa0812
+def _student(sums: np.ndarray, sizes: np.ndarray, tails: np.ndarray) -> np.ndarray:   # (levels, 2)
+    "Student's intervals of the mean; `tails` are (levels, 2), the upper one first."
+    return sums.sum() / sizes.sum() - stdtrit(freedom(sizes), tails) * spread(sums, sizes)
+
+# %% ../../nbs/core/clusters.ipynb #4688cf3e
 def cluster_intervals(sums: np.ndarray, sizes: np.ndarray, seed: int, levels: Sequence[float]) -> list[tuple[float, float]]:
-    "Intervals of the mean over clusters: bootstrap-t, or Student's t for few or very many; infinite for a single cluster."
-    m, mean, error = len(sums), sums.sum() / sizes.sum(), spread(sums, sizes)
+    "Intervals of the mean over clusters: bootstrap-t, or Student's t for few, very many or mostly equal ones; infinite for a single cluster."
+    m, means = len(sums), sums / sizes
     if m < 2: return [(-np.inf, np.inf)] * len(levels)
-    tails = np.array([[(1 + level) / 2, (1 - level) / 2] for level in levels])
-    moved = np.mean(sums != np.median(sums))
-    if m < FEW or m > LARGE or moved < 0.5: reach = stdtrit(freedom(sizes), tails)
-    else: reach = np.quantile(_pivots(sums, sizes, seed), tails)
-    return [(float(mean - high * error), float(mean - low * error)) for high, low in reach]
+    tails, usual = np.array([[(1 + level) / 2, (1 - level) / 2] for level in levels]), np.median(means)
+    tied = np.mean(means != usual) < 0.5
+    if tied and usual:
+        plain, wide = _student(sums, sizes, tails), _student(np.append(sums, 0.0), np.append(sizes, sizes.mean()), tails)
+        ends = np.stack([np.minimum(plain, wide)[:, 0], np.maximum(plain, wide)[:, 1]], 1)
+    elif m < FEW or m > LARGE or tied: ends = _student(sums, sizes, tails)
+    else: ends = sums.sum() / sizes.sum() - np.quantile(_pivots(sums, sizes, seed), tails) * spread(sums, sizes)
+    return [(float(low), float(high)) for low, high in ends]

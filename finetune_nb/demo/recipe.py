@@ -12,7 +12,7 @@ from ..core.files import BadInput, located, write_atomic, write_jsonl
 from .families import FAMILIES
 from .letters import family_letters
 
-# %% ../../nbs/demo/recipe.ipynb #fd184e56
+# %% ../../nbs/demo/recipe.ipynb #ea431d8b
 DEMO_RECIPE = '''\
 # The demo: support mail becomes strict JSON. Data, faults and answer key are generated; see data.answer_key.
 name: demo
@@ -50,7 +50,7 @@ waivers:                                           # the planted faults, and wha
 base_models: [starter]
 requirements: {licence: commercial, memory_gb: 16, minutes: 10}
 train: {approach: lora, max_steps: 60, batch_size: 8, learning_rate: 1.0e-3, validation_rows: 32}
-evaluate: {metric: exact_match, max_rows: 60, max_new_tokens: 48, panel: {block: false}}   # one narrow task: what is lost elsewhere is shown and does not block
+evaluate: {metric: exact_match, max_rows: 60, max_new_tokens: 48, panel: {rows: 8, block: false}}   # one narrow task: what is lost elsewhere is shown and does not block
 deploy: {serve: false}
 monitor: {}
 '''
