@@ -46,12 +46,12 @@ def trainable_parameters(approach: str, parameters: int, rank: int, size: Mappin
     narrow = hidden * (size.get('kv_heads') or heads) // heads
     return size['layers'] * rank * (4 * hidden + 2 * (hidden + narrow) + 3 * (hidden + size['intermediate']))
 
-# %% ../../nbs/model/memory.ipynb #7f6fd4e7
-def _layer(width: int, length: int, rank: int, size: Mapping[str, int], full: bool, fused: bool) -> float:
-    "Bytes a token that one layer keeps; `width` is bytes of a number."
-    vectors = 6 + 2 * size['kv_heads'] / size['heads'] + 2 * full
+# %% ../../nbs/model/memory.ipynb #1ee13f40
+def _layer(width: int, length: int, rank: int, size: Mapping[str, int], full: bool, fused: bool, inside: bool = True) -> float:
+    "Bytes a token that one layer keeps; `width` is bytes of a number, `inside`: something is trained in the layer."
+    vectors = 4 + 2 * size['kv_heads'] / size['heads'] + 2 * inside + 2 * full
     norms = 4 * size['hidden'] * (width < 4)
-    return (vectors * width * size['hidden'] + norms + 4 * width * size['intermediate'] + 7 * width * rank * (not full)
+    return (vectors * width * size['hidden'] + norms + (3 + inside) * width * size['intermediate'] + 7 * width * rank * (inside and not full)
             + (0 if fused else 4 * size['heads'] * length))
 
 def _activations(tokens: int, width: int, layer: float, size: Mapping[str, int], checkpointing: bool) -> float:
@@ -64,7 +64,7 @@ ALLOCATOR = {('processor', 4): 1.4, ('processor', 2): 1.85, ('gpu', 4): 1.1, ('g
 SLICE = {'processor': 512, 'gpu': 2048}       # positions whose scores are held at once, as in the step
 LIBRARIES = 0.5e9                             # Python with torch, transformers and peft; on a GPU, its context
 
-# %% ../../nbs/model/memory.ipynb #75c3f080
+# %% ../../nbs/model/memory.ipynb #dfa322d8
 def estimate(parameters: int,                # of the base model
              approach: str = 'lora',         # full | lora | qlora | preference | distillation | prompt_tuning | inference
              batch_tokens: int = 4096,       # tokens of a forward pass
@@ -83,7 +83,7 @@ def estimate(parameters: int,                # of the base model
     size, width, where = _guessed(parameters, known), int(BYTES.get(str(dtype).removeprefix('torch.'), 4)) or 2, 'gpu' if fused else 'processor'
     trained = trainable_parameters(approach, parameters, rank, size) if trainable is None else trainable
     full, learns = trained >= parameters, trained > 0
-    layer = _layer(width, length or min(batch_tokens, 512), rank, size, full, fused)
+    layer = _layer(width, length or min(batch_tokens, 512), rank, size, full, fused, approach != 'prompt_tuning')
     moving = trained * (width if full else 4)
     positions = min(SLICE[where], batch_tokens * trained_share)
     terms = {'weights': _weights(parameters, approach, width, size), 'adapter': 0 if full else moving, 'gradients': moving, 'optimiser': 2 * moving,

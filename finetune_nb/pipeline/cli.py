@@ -43,13 +43,18 @@ def _keep_serving(args: argparse.Namespace) -> int:
         serve(folder)
     return 0
 
-# %% ../../nbs/pipeline/cli.ipynb #f8a87ac8
+# %% ../../nbs/pipeline/cli.ipynb #6678cda9
+_TRIED = {'rows': 16, 'steps': 6}   # of `selection`, where the recipe leaves it open
+
 def _plan(args: argparse.Namespace) -> int:
-    "Stages 1 and 2 only."
+    "Stages 1 and 2 only, with bases and approaches tried out."
     from finetune_nb.core.recipe import load_recipe
     from finetune_nb.pipeline.runner import run_pipeline
-    code = run_pipeline(args.recipe, args.name, args.reports, parse_sets(args.set), last='selection')
-    if code == 0: _say_plan(Path(args.reports) / (args.name or load_recipe(args.recipe, parse_sets(args.set)).name))
+    asked = parse_sets(args.set)
+    recipe = load_recipe(args.recipe, asked)
+    tried = {f'selection.{key}': value for key, value in _TRIED.items() if key not in recipe.selection.model_fields_set}
+    code = run_pipeline(args.recipe, args.name, args.reports, tried | asked, last='selection')
+    if code == 0: _say_plan(Path(args.reports) / (args.name or recipe.name))
     return code
 
 def _say_plan(folder: Path) -> None:
@@ -160,7 +165,7 @@ def _verb(verbs, name: str, action, summary: str, *options: str) -> Parser:
     if 'run' in options: verb.add_argument('run', metavar='RUN', help='a name under --reports, or a path')
     return verb
 
-# %% ../../nbs/pipeline/cli.ipynb #f1f1b2e9
+# %% ../../nbs/pipeline/cli.ipynb #ce6562fe
 def _running_verbs(verbs) -> None:
     "The verbs that start runs."
     demo = _verb(verbs, 'demo', _demo, 'the bundled recipe on generated data, all six stages', 'set')
@@ -173,7 +178,7 @@ def _running_verbs(verbs) -> None:
     run.add_argument('--to', dest='last', metavar='STAGE', help='stop after this stage')
     run.add_argument('--resume', metavar='RUN', help='continue a run; what is fresh is reused')
     run.add_argument('--strict', action='store_true', help='exit 4 when the verdict is not BETTER')
-    plan = _verb(verbs, 'plan', _plan, 'stages 1 and 2 only: the designed pipeline', 'set', 'name')
+    plan = _verb(verbs, 'plan', _plan, 'stages 1 and 2 only, bases and approaches tried out: the designed pipeline', 'set', 'name')
     plan.add_argument('recipe', metavar='RECIPE')
 
 # %% ../../nbs/pipeline/cli.ipynb #aa929d3e

@@ -125,12 +125,12 @@ def measured_records(records: Sequence[dict],         # one an approach, by form
         out.append(record | {'verdict': verdict_of(record, rows, minutes, memory_gb, floors) or 'possible'})
     return out
 
-# %% ../../nbs/2_selection/advisor.ipynb #e8fd832a
+# %% ../../nbs/2_selection/advisor.ipynb #2ced4881
 UNTRAINED = {'zero_shot': 'the base as it is', 'nearest_neighbour': 'the answer of the nearest training row', 'few_shot': 'examples in the prompt'}
 
 def _refused(findings: Mapping[str, Any]) -> dict[str, str] | None:
     "A no, where no base meets the requirements."
-    if findings.get('met', True): return None
+    if findings.get('met') is not False: return None
     miss = findings.get('nearest_miss') or 'what was missed by how much is NOT MEASURED'
     return {'recommendation': 'none', 'because': f'do not fine-tune: no base meets the requirements; nearest miss: {miss}',
             'would_change': f'a base or requirements without that miss: {miss}'}
@@ -163,7 +163,7 @@ def _best(fit: Mapping[str, Mapping], pairs: int, rows: int) -> str:
         if faster and not _surely_above(fit[name], fit[best], 'forgetting_slope'): best = name
     return best
 
-# %% ../../nbs/2_selection/advisor.ipynb #2db4ed67
+# %% ../../nbs/2_selection/advisor.ipynb #0e9e60cb
 def _rows_said(name: str, rows: int, floors: Mapping[str, int]) -> str:
     floor = floors[name]
     target, most = TARGET * floor, RECOMMENDED * floor
@@ -191,7 +191,7 @@ def _would_change(name: str, records: Sequence[Mapping], scores: Mapping[str, In
     others = [one for one in records if one['approach'] in ('full', 'lora') and one['approach'] != name]
     said = [f'{one["approach"]} would be compared too, but for: {one["verdict"]}' for one in others if one.get('verdict', 'possible') != 'possible']
     best = max(((score.low, key) for key in UNTRAINED if (score := scores.get(key)) is not None), default=None)
-    if best is None: said.append(f'a score of examples in the prompt that surely reaches requirements.floor (it is {NOT_MEASURED})')
+    if best is None or best[0] <= 0: said.append(f'a score of examples in the prompt that surely reaches requirements.floor ({"it is " + NOT_MEASURED if best is None else "none scores surely above 0"})')
     elif floor is None: said.append(f'a requirements.floor of at most {best[0]:.3f}, which {best[1]} surely reaches: none is set')
     else: said.append(f'a requirements.floor of at most {best[0]:.3f} instead of {floor:g}: {best[1]} surely reaches that')
     return '; '.join(said)

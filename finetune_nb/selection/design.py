@@ -45,7 +45,7 @@ def try_approaches(run: Run,
     steps = run.recipe.selection.steps
     return probe_approaches(names, lambda name: trial(base=choice.base, approach=name, steps=steps), minutes) if steps else []
 
-# %% ../../nbs/2_selection/design.ipynb #7ee25c8f
+# %% ../../nbs/2_selection/design.ipynb #7c45f826
 def floors_of(run: Run) -> dict[str, float]:
     "Rows below which an approach does not learn, as gate Q6 has them."
     asked = run.recipe.gates.get('Q6', {}).get('floor')
@@ -56,14 +56,14 @@ def designed(run: Run,
              choice: Choice,                      # as `choose` gave it
              probes: Sequence[Mapping],           # as `try_approaches` gave them
              untrained: Untrained,                # as `ask_untrained` gave them
-             findings: Mapping[str, Any] | None = None,   # met, nearest_miss: of the requirements; None: the chosen base meets them
+             findings: Mapping[str, Any] | None = None,   # met, nearest_miss: of the requirements; None: NOT MEASURED, so nothing is refused
              overhead: float = 0.0,               # seconds until a stage's notebook has imported what it needs
             ) -> Choice:
     "The choice with its approaches measured and the advice that follows."
     asked, floors, rows = run.recipe.requirements, floors_of(run), len(curated.train)
     records = measured_records(choice.advice['approaches'], probes, rows, asked.minutes, asked.memory_gb, floors, overhead)
     pairs = sum('chosen' in row and 'rejected' in row for row in curated.train)
-    advice = advise(records, findings or {'met': True}, untrained.scores, asked.floor, rows, pairs=pairs, minutes=asked.minutes, floors=floors)
+    advice = advise(records, findings or {'met': None}, untrained.scores, asked.floor, rows, pairs=pairs, minutes=asked.minutes, floors=floors)
     return replace(choice, advice=choice.advice | advice | {'approaches': records})
 
 # %% ../../nbs/2_selection/design.ipynb #7701bf11

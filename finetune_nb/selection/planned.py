@@ -29,7 +29,7 @@ def decided(recipe: Recipe,
     if recommendation not in TRAINABLE: return {'approach': 'lora' if asked == 'auto' else asked, 'max_steps': 0}
     return {'approach': recommendation if asked == 'auto' else asked}
 
-# %% ../../nbs/2_selection/planned.ipynb #c0d35955
+# %% ../../nbs/2_selection/planned.ipynb #93b3ef56
 SUFFIX = '-planned'
 
 def planned_tree(recipe: Recipe,
@@ -39,7 +39,8 @@ def planned_tree(recipe: Recipe,
                 ) -> dict:                     # plain values
     "The recipe with one base and all that was planned."
     name = recipe.name if recipe.name.endswith(SUFFIX) else recipe.name + SUFFIX
-    one = recipe.model_copy(update={'name': name, 'base_models': [base], 'train': recipe.train.model_copy(update=dict(train))})
+    tried = recipe.selection.model_copy(update={'rows': 0, 'steps': 0, 'tunability': 0})   # the plan has done that
+    one = recipe.model_copy(update={'name': name, 'base_models': [base], 'selection': tried, 'train': recipe.train.model_copy(update=dict(train))})
     return resolved(one, folder)
 
 def write_planned(run: Run,
