@@ -41,12 +41,15 @@ class Ending:
     status: str       # complete | blocked | failed
     message: str = '' # why, in words
 
-# %% ../../nbs/pipeline/runner.ipynb #64064e50
+# %% ../../nbs/pipeline/runner.ipynb #64277c06
 def check_recipe(recipe: Recipe) -> None:
     "Raise BadInput for what the recipe's types cannot see."
     from finetune_nb.curation.gates import check_thresholds
     from finetune_nb.evaluation.harness import check_harness
+    from finetune_nb.selection.requirements import not_private
     check_thresholds(recipe.gates)
+    if recipe.requirements.private and (leaks := not_private(recipe)):
+        raise BadInput(f'requirements.private: nothing may leave this machine, but the recipe names {"; ".join(leaks)}; name models and endpoints of this machine, or set private to false')
     for files in (raw_files, training_files, evaluation_files): files(Run(recipe.folder, recipe))
     check_harness(recipe.evaluate.harness.tasks, recipe.folder)
     if recipe.evaluate.metric not in SPECS or SPECS[recipe.evaluate.metric].needs == 'schema':   # one of the user's own, or of a hub

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'read_header', 'count_parameters', 'read_licence', 'licence_verdict', 'context_length', 'length_summary',
-           'Candidate', 'candidate_table']
+           'Candidate', 'candidate_table', 'speed_table']
 
 # %% ../../nbs/2_selection/candidates.ipynb #261633df
 import json
@@ -97,7 +97,7 @@ def length_summary(lengths: Sequence[int],   # tokens of each row
     return {'rows': len(lengths), 'p50': p50, 'p95': p95, 'p99': p99, 'max': int(max(lengths)),
             'over': sum(n > limit for n in lengths) if limit else 0}
 
-# %% ../../nbs/2_selection/candidates.ipynb #3e73efcd
+# %% ../../nbs/2_selection/candidates.ipynb #477cfb91
 @dataclass(frozen=True)
 class Candidate:
     "A base model as found, and why it can or cannot be used."
@@ -117,6 +117,15 @@ class Candidate:
     memory_limit_gb: float = 0.0          # the smaller of what is required and what is here
     seconds: float = 0.0                  # spent on measuring, loading included
     size: dict[str, int] = field(default_factory=dict)   # width, layers, …, as its configuration says
+    architecture: str = ''                # as its configuration names it
+    languages: list[dict] = field(default_factory=list)   # how its tokenizer cuts the rows, from `read_by_language`
+    load_seconds: Any = 'NOT MEASURED'
+    load_gb: Any = 'NOT MEASURED'         # memory that loading took
+    tokens_per_second: Any = 'NOT MEASURED'   # written, rows together
+    answers_per_second: Any = 'NOT MEASURED'  # of a few rows together
+    answer_seconds: Any = 'NOT MEASURED'  # time of an answer that is asked alone
+    damage: list[str] = field(default_factory=list)      # what makes it look broken; it comes behind bases without
+    cautions: list[str] = field(default_factory=list)    # what to know before it is used
     why_not: list[str] = field(default_factory=list)
 
     @property
@@ -126,18 +135,30 @@ class Candidate:
         "Plain values for candidates.json."
         return asdict(self) | {'feasible': self.feasible}
 
-# %% ../../nbs/2_selection/candidates.ipynb #1d391103
+# %% ../../nbs/2_selection/candidates.ipynb #195d4e84
 def _measured(candidate: Candidate) -> str:
     "Bits per byte with its interval."
     if isinstance(candidate.bits_per_byte, str): return candidate.bits_per_byte
     bounds = [x if isinstance(x, str) else number(float(x)) for x in (candidate.low, candidate.high)]
     return f'{number(candidate.bits_per_byte)} [{bounds[0]}, {bounds[1]}], n = {candidate.rows}'
 
+def _verdict(c: Candidate, chosen: str) -> str:
+    "Chosen or not, with the reason and with what to know."
+    known = '; '.join([*c.damage, *c.cautions])
+    if c.name == chosen: return f'chosen; but: {known}' if known else 'chosen'
+    return 'not chosen: ' + ('; '.join([*c.why_not, *c.damage]) or '; '.join(['another base needs fewer bits', *c.cautions]))
+
 def candidate_table(candidates: Sequence[Candidate], chosen: str = '') -> Shown:
     "All candidates, the chosen one marked, the others with their reason."
     rows = [{'base': c.name, 'licence': f'{c.licence or "not stated"} ({c.licence_verdict})', 'parameters': c.parameters,
              'context': c.context, 'longest row (p99 / max)': f'{c.tokens["p99"]:,} / {c.tokens["max"]:,}', 'bits per byte': _measured(c),
              'memory': f'{c.memory_gb:.1f} of {c.memory_limit_gb:.1f} GB',
-             'verdict': 'chosen' if c.name == chosen else 'not chosen: ' + ('; '.join(c.why_not) or 'another base needs fewer bits')}
-            for c in candidates]
+             'verdict': _verdict(c, chosen)} for c in candidates]
     return table(rows, caption='Base models (bits per byte of the validation answers: lower is better)')
+
+def speed_table(candidates: Sequence[Candidate]) -> Shown:
+    "What loading and answering took."
+    said = lambda value: value if isinstance(value, str) else number(float(value))
+    rows = [{'base': c.name, 'architecture': c.architecture, 'load (s)': said(c.load_seconds), 'load (GB)': said(c.load_gb), 'tokens a second': said(c.tokens_per_second), 'answers a second': said(c.answers_per_second),
+             'seconds an answer': said(c.answer_seconds)} for c in candidates]
+    return table(rows, caption='Loading, and answering a few validation rows: together, and one at a time')

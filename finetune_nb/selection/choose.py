@@ -7,11 +7,11 @@ __all__ = ['NOT_MEASURED', 'APPROACHES', 'FEW', 'best_base', 'base_reason', 'rac
            'approach_records', 'recommend', 'Choice', 'candidates_of', 'advice_table', 'memory_figure', 'shown',
            'choose']
 
-# %% ../../nbs/2_selection/choose.ipynb #d9d71486
+# %% ../../nbs/2_selection/choose.ipynb #edf16e8d
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from ..core.show import BLUE, GREY, RED, Shown, canvas, figure, join, number, ta
 from ..model.memory import trainable_parameters
 from .candidates import Candidate, candidate_table, length_summary
 from .halving import Tried, successive_halving
-from .probe import from_files, measured, memory_limit_gb, need_gb
+from .hardware import Hardware, hardware_of
+from .probe import from_files, machine_memory_gb, measured, memory_limit_gb, need_gb
+from .wanted import facts_about, moved, wanting
 
-# %% ../../nbs/2_selection/choose.ipynb #c84600e9
+# %% ../../nbs/2_selection/choose.ipynb #5f21ee52
 def _rank(candidate: Candidate) -> tuple:
-    "Clear licences first, then fewest bits, unmeasured last."
+    "Clear licences first, then undamaged ones, then fewest bits, unmeasured last."
     bits = candidate.bits_per_byte
-    return (candidate.licence_verdict != 'allowed', float('inf') if isinstance(bits, str) else bits)
+    return (candidate.licence_verdict != 'allowed', bool(candidate.damage), float('inf') if isinstance(bits, str) else bits)
 
 def best_base(candidates: Sequence[Candidate]) -> Candidate:
     "The feasible candidate of the lowest rank; raises BadInput when there is none."
@@ -206,12 +208,27 @@ def _memory(candidate: Candidate, train: Train) -> dict[str, float]:
     memory = {approach: need_gb(candidate, approach, train) for approach in APPROACHES[:-2]}
     return memory | {'few_shot': need_gb(candidate, 'inference', train), 'nearest_neighbour': 0.1}
 
-# %% ../../nbs/2_selection/choose.ipynb #1c3b2650
-def _looked_at(name: str, recipe: Recipe, curated: Any, limit: float) -> Candidate:
+# %% ../../nbs/2_selection/choose.ipynb #ac76a1e5
+def _memory_there(candidate: Candidate, recipe: Recipe, hardware: Hardware) -> dict[str, float]:
+    "The same on hardware that is not here."
+    return _memory(candidate, recipe.train) | {name: moved({'approach': name}, candidate, recipe, hardware)['memory_gb'] for name in APPROACHES[:-2]}
+
+# %% ../../nbs/2_selection/choose.ipynb #d64cc07b
+def _fitted(found: Candidate, recipe: Recipe, hardware: Hardware) -> Candidate:
+    "A candidate's need of memory on hardware that is not here."
+    if hardware.here: return found
+    need = float(facts_about(found, recipe, hardware)['memory_gb'].value)
+    over = [f'needs {need:.2g} GB to train, {found.memory_limit_gb:.2g} GB are allowed'] if need > found.memory_limit_gb else []
+    return replace(found, memory_gb=round(need, 2), why_not=[*(one for one in found.why_not if 'GB to train' not in one), *over])
+
+def _looked_at(name: str, recipe: Recipe, curated: Any, limit: float, hardware: Hardware) -> Candidate:
     "A candidate as found and measured; one that cannot be reached or read is shown as such."
     try:
-        found = from_files(name, recipe, [*curated.train, *curated.validation], limit)
-        return measured(found, recipe, curated.validation) if found.feasible else found
+        found = wanting(_fitted(from_files(name, recipe, [*curated.train, *curated.validation], limit), recipe, hardware), recipe, hardware)
+        if not found.feasible: return found
+        need, here = need_gb(found, 'inference', recipe.train), machine_memory_gb()
+        if need > here: return replace(found, cautions=[*found.cautions, f'NOT MEASURED: reading with it needs {need:.2g} GB, this machine has {here:.2g} GB'])
+        return wanting(measured(found, recipe, curated.validation), recipe, hardware)
     except BadInput as error:
         if len(recipe.base_models) == 1: raise
         return Candidate(name, 'not found', None, 'unknown', 0, None, False, length_summary([], None), memory_limit_gb=limit, why_not=[str(error).splitlines()[0]])
@@ -226,15 +243,18 @@ def choose(run: Run,
            curated: Any,                               # with train and validation rows
            trial: Callable[..., dict] | None = None,   # as `short_training`, with run and rows given; None: no race
            minutes: float = math.inf,                  # budget of the race
+           hardware: Hardware | None = None,           # that the recipe is planned for; None: as it says
           ) -> Choice:
     "Measure the recipe's base models and choose one; raises BadInput when none can be used."
-    recipe, limit = run.recipe, memory_limit_gb(run.recipe.requirements.memory_gb)
-    candidates = [_looked_at(name, recipe, curated, limit) for name in recipe.base_models]
+    recipe, hardware = run.recipe, hardware or hardware_of(run.recipe.requirements.hardware)
+    limit = memory_limit_gb(recipe.requirements.memory_gb) if hardware.here else min(hardware.memory_gb, recipe.requirements.memory_gb or math.inf)
+    candidates = [_looked_at(name, recipe, curated, limit, hardware) for name in recipe.base_models]
     first = best_base(candidates)
     ranked = race(run, candidates, trial, minutes)
     chosen = next(c for c in candidates if c.name == (ranked[0].name if ranked else first.name))
     preferences = sum('chosen' in row and 'rejected' in row for row in curated.train)
-    records = approach_records(chosen, _memory(chosen, recipe.train), recipe.train.rank, len(curated.train), preferences,
+    memory = _memory(chosen, recipe.train) if hardware.here else _memory_there(chosen, recipe, hardware)
+    records = approach_records(chosen, memory, recipe.train.rank, len(curated.train), preferences,
                                recipe.train.distillation.teacher != 'none')
     advice = recommend(records, len(curated.train)) | {'asked': recipe.train.approach, 'approaches': records,
                                                        'race': [{'base': one.name, 'bits_per_byte': [list(point) for point in one.curve]} for one in ranked]}

@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'BEARS_ON', 'left_minutes', 'try_approaches', 'floors_of', 'designed', 'foretold', 'corrected', 'past_said',
            'options', 'card_table', 'cards_measured', 'approaches_shown', 'advice_said', 'save_probes']
 
-# %% ../../nbs/2_selection/design.ipynb #bac877e9
+# %% ../../nbs/2_selection/design.ipynb #eff804eb
 import math
 import re
 import time
@@ -16,12 +16,15 @@ from html import escape
 from typing import Any
 
 from ..core.files import write_json
+from ..core.recipe import Recipe
 from ..core.run import Run
 from ..core.show import Shown, join, number, say, table
 from ..core.statistics import Interval
 from ..curation.gate_record import FLOORS
-from .advisor import advise, measured_records, probe_approaches, step_rate
+from .advisor import advise, measured_records, probe_approaches, step_rate, verdict_of
 from .choose import NOT_MEASURED, Choice, candidates_of
+from .hardware import Hardware
+from .wanted import moved
 from .forecasts import Forecast, past_error, said, widened
 from .pareto import Axis, Option
 from .planned import TRAINABLE
@@ -45,11 +48,18 @@ def try_approaches(run: Run,
     steps = run.recipe.selection.steps
     return probe_approaches(names, lambda name: trial(base=choice.base, approach=name, steps=steps), minutes) if steps else []
 
-# %% ../../nbs/2_selection/design.ipynb #7c45f826
+# %% ../../nbs/2_selection/design.ipynb #f1b0a9ba
 def floors_of(run: Run) -> dict[str, float]:
     "Rows below which an approach does not learn, as gate Q6 has them."
     asked = run.recipe.gates.get('Q6', {}).get('floor')
     return dict.fromkeys(FLOORS, asked) if asked is not None else dict(FLOORS)
+
+def _elsewhere(recipe: Recipe, choice: Choice, records: Sequence[Mapping], rows: int, hardware: Hardware, floors: Mapping) -> list[dict]:
+    "The records with time and memory calculated for hardware that is not here, judged again."
+    base, asked = next(one for one in candidates_of(choice) if one.name == choice.base), recipe.requirements
+    limit = min(hardware.memory_gb, asked.memory_gb or math.inf)
+    there = [moved(record, base, recipe, hardware) for record in records]
+    return [record | {'verdict': verdict_of(record, rows, asked.minutes, limit, floors) or 'possible'} for record in there]
 
 def designed(run: Run,
              curated: Any,                        # with train rows
@@ -58,10 +68,13 @@ def designed(run: Run,
              untrained: Untrained,                # as `ask_untrained` gave them
              findings: Mapping[str, Any] | None = None,   # met, nearest_miss: of the requirements; None: NOT MEASURED, so nothing is refused
              overhead: float = 0.0,               # seconds until a stage's notebook has imported what it needs
+             hardware: Hardware | None = None,    # described, that time and memory are calculated for; None, or this machine: as measured
             ) -> Choice:
     "The choice with its approaches measured and the advice that follows."
     asked, floors, rows = run.recipe.requirements, floors_of(run), len(curated.train)
+    if there := hardware and not hardware.here: probes = [one for one in probes if one.get('feasible') is not False]   # what is too large here may fit there
     records = measured_records(choice.advice['approaches'], probes, rows, asked.minutes, asked.memory_gb, floors, overhead)
+    if there: records = _elsewhere(run.recipe, choice, records, rows, hardware, floors)
     pairs = sum('chosen' in row and 'rejected' in row for row in curated.train)
     advice = advise(records, findings or {'met': None}, untrained.scores, asked.floor, rows, pairs=pairs, minutes=asked.minutes, floors=floors)
     return replace(choice, advice=choice.advice | advice | {'approaches': records})
@@ -99,8 +112,8 @@ def past_said(choice: Choice, ledger: Sequence[Forecast]) -> Shown:
     whats = ('seconds', 'step_seconds', 'memory_gb') if name in TRAINABLE else ('score',)
     return join(*(say(said(past_error(ledger, what, name), what, name)) for what in whats))
 
-# %% ../../nbs/2_selection/design.ipynb #53a676b9
-AXES = (Axis('quality', 'bits per byte of validation answers (trained: after the short training)'), Axis('latency', 'seconds an answer'), Axis('memory', 'memory (GB), of training where there is one'), Axis('cost', 'machine-seconds of training'))
+# %% ../../nbs/2_selection/design.ipynb #de3194c0
+AXES = (Axis('quality', 'bits per byte'), Axis('latency', 'seconds an answer'), Axis('memory', 'memory (GB)'), Axis('cost', 'machine-seconds of training'))
 
 def _trained(record: Mapping[str, Any], probe: Mapping[str, Any], bits: float | None, seconds: float | None) -> Option:
     "The base trained by an approach."
@@ -150,16 +163,17 @@ def cards_measured(cards: Mapping[str, Any], choice: Choice) -> Shown:
     "All approaches' cards, with what was measured here."
     return join(*(card_table(cards[record['approach']], record) for record in choice.advice['approaches'] if record['approach'] in cards))
 
-# %% ../../nbs/2_selection/design.ipynb #968d9f8b
+# %% ../../nbs/2_selection/design.ipynb #f00488d3
 def approaches_shown(choice: Choice) -> Shown:
     "Every approach with what was measured, and what stands against it."
     value = lambda record, key, digits=2: record[key] if isinstance(record[key], str) else f'{record[key]:,.{digits}f}' + (' (by formula)' if key in record.get('by_formula', []) else '')
     def line(record):
         bounds = '' if isinstance(record['seconds'], str) else f' [{number(record["seconds_low"])}, {number(record["seconds_high"])}]'
-        return {'approach': record['approach'], 'seconds': f'{value(record, "seconds", 0)}{bounds}', 'memory (GB)': value(record, 'memory_gb'), 'result (MB)': value(record, 'artifact_mb'),
-                'loss a step': number(record['loss_slope']), 'forgetting a step': number(record['forgetting_slope']), 'steps tried': record.get('probed_steps', 0),
-                'verdict': record['verdict'], 'notes': '; '.join(record.get('notes', []))}
-    return table([line(record) for record in choice.advice['approaches']], caption='Approaches, trained and untrained; nats a token and step')
+        return {'approach': record['approach'], 'verdict': record['verdict'], 'seconds': f'{value(record, "seconds", 0)}{bounds}', 'memory (GB)': value(record, 'memory_gb'), 'result (MB)': value(record, 'artifact_mb'),
+                'loss a step': number(record['loss_slope']), 'forgetting a step': number(record['forgetting_slope']), 'steps tried': record.get('probed_steps', 0)}
+    records = choice.advice['approaches']
+    notes = [{'approach': record['approach'], 'to know': '; '.join(record['notes'])} for record in records if record.get('notes')]
+    return join(table([line(record) for record in records], caption='Approaches, trained and untrained; nats a token and step'), *([table(notes)] if notes else []))
 
 def advice_said(choice: Choice) -> Shown:
     "The recommendation, its reason, and what would change it."

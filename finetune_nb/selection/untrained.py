@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ALONE', 'examples', 'with_examples', 'Untrained', 'nearest_texts', 'ask_untrained', 'untrained_table']
 
-# %% ../../nbs/2_selection/untrained.ipynb #e792d6b0
+# %% ../../nbs/2_selection/untrained.ipynb #54624f31
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..core.nearest import Nearest
 from ..core.rows import Messages, Row, answer, prompt_messages, prompt_text
 from ..core.run import Run
 from ..core.show import Shown, number, table
-from ..core.statistics import Interval, mean_interval
+from ..core.statistics import Interval, mean_interval, wilson
 from ..model.generate import generate
 from ..model.loading import Loaded, load_model
 from ..model.template import prompt_ids
@@ -65,12 +65,17 @@ def _answers(loaded: Loaded, prompts: Sequence[Messages], room: int, tools: list
     for prompt, own in zip(prompts[:ALONE], tools[:ALONE]): generate(loaded, [prompt], room, 1, [own] if own else None, label='')
     return said, (time.perf_counter() - started) / len(prompts[:ALONE])
 
-# %% ../../nbs/2_selection/untrained.ipynb #80b78589
+# %% ../../nbs/2_selection/untrained.ipynb #b64e4078
 def _mean(scores: Sequence[float | None], clusters: Sequence[str] | None) -> Interval | None:
     "The mean score; None where nothing was scored."
     there = [i for i, score in enumerate(scores) if score is not None]
-    return mean_interval([scores[i] for i in there], [clusters[i] for i in there] if clusters else None) if there else None
+    if not there: return None
+    found = mean_interval([scores[i] for i in there], [clusters[i] for i in there] if clusters else None)
+    if {scores[i] for i in there} not in ({0.0}, {1.0}): return found
+    apart = len({clusters[i] for i in there}) if clusters else len(there)   # all right or all wrong: no spread, and yet no certainty
+    return replace(wilson(found.value * apart, apart), n=len(there))
 
+# %% ../../nbs/2_selection/untrained.ipynb #b8194f52
 def nearest_texts(train: Sequence[Row], rows: Sequence[Row]) -> tuple[list[str], float]:
     "The answers of the most similar training prompts, and seconds of one."
     index, started = Nearest([prompt_text(row) for row in train]), time.perf_counter()
@@ -80,10 +85,12 @@ def ask_untrained(run: Run,
                   curated: Any,        # with train and validation rows
                   base: str,           # as in base_models
                   shown: int = 3,      # examples in the prompt
+                  readable: bool = True,   # whether the base fits into this machine
                  ) -> Untrained:
     "Let answerers that are not trained answer `selection.rows` validation rows."
     recipe, count = run.recipe, run.recipe.selection.rows
     if not (count and curated.validation): return Untrained({}, {}, ['NOT MEASURED: selection.rows is 0 or there are no validation rows.'])
+    if not readable: return Untrained({}, {}, ['NOT MEASURED: the base is too large to be asked on this machine.'])
     from finetune_nb.model.metrics import metric_of   # a library that loads slowly
     rows = list(curated.validation)[::max(1, -(-len(curated.validation) // max(1, count)))][:count]
     metric = metric_of(recipe.evaluate.metric, recipe.folder, recipe.data.answers.json_schema)
@@ -98,10 +105,11 @@ def ask_untrained(run: Run,
     score = lambda said: _mean(metric.score_rows(said, [answer(row) for row in rows], rows), split_groups(rows, recipe.data.splits.group))
     return Untrained({name: score(said) for name, (said, _) in found.items()}, {name: seconds for name, (_, seconds) in found.items()}, notes)
 
-# %% ../../nbs/2_selection/untrained.ipynb #b28ad5f0
+# %% ../../nbs/2_selection/untrained.ipynb #2455011b
 def untrained_table(found: Untrained,
                     floor: float | None,   # requirements.floor
                     metric: str,
+                    base: str = '',        # whose answers they are
                    ) -> Shown:
     "Their scores, and whether one of them surely is enough."
     names = {'zero_shot': 'the base as it is', 'few_shot': 'the base after examples', 'nearest_neighbour': 'the nearest training row'}
@@ -109,4 +117,4 @@ def untrained_table(found: Untrained,
     rows = [{'answerer': title, metric: 'NOT MEASURED' if (score := found.scores.get(name)) is None else f'{score}, n = {score.n}',
              'seconds an answer': number(seconds) if (seconds := found.seconds.get(name)) is not None else 'NOT MEASURED',
              f'reaches {floor if floor is not None else "the floor"}': enough(score)} for name, title in names.items()]
-    return table(rows, caption=f'Without training, on validation rows. {" ".join(found.notes)}'.strip())
+    return table(rows, caption=f'Without training, on validation rows{", with " * bool(base)}{base}. {" ".join(found.notes)}'.strip())
