@@ -42,7 +42,7 @@ def best_base(candidates: Sequence[Candidate]) -> Candidate:
     raise BadInput(f'base_models: none can be used, so nothing is to be fine-tuned\n{reasons}\n'
                    f'Nearest miss: {miss.name} ({miss.why_not[0]}). Name another base, or change requirements or train.')
 
-# %% ../../nbs/2_selection/choose.ipynb #abb2b2d6
+# %% ../../nbs/2_selection/choose.ipynb #4c42bf30
 def base_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     "Why this base."
     others = [c for c in candidates if c.feasible and c.name != chosen.name and not isinstance(c.bits_per_byte, str)]
@@ -51,15 +51,17 @@ def base_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     else:
         second = min(others, key=_rank)
         said = f'{chosen.name} needs {number(chosen.bits_per_byte)} bits for each byte of the validation answers, {second.name} {number(second.bits_per_byte)}'
-        if not isinstance(second.low, str) and chosen.high > second.low: said += ' (the intervals overlap: these rows do not tell the two apart)'
+        if second.damage and not chosen.damage: said += f', which stands behind it in any case ({second.damage[0]})'
+        elif not isinstance(second.low, str) and chosen.high > second.low: said += ' (the intervals overlap: these rows do not tell the two apart)'
     unread = f'. Its licence ({chosen.licence or "not stated"}) must be read by a person before it is used' if chosen.licence_verdict == 'unknown' else ''
     return said + unread + '.'
 
-# %% ../../nbs/2_selection/choose.ipynb #83871ba4
+# %% ../../nbs/2_selection/choose.ipynb #c97aa21c
 def _racing(run: Run, candidates: Sequence[Candidate]) -> list[Candidate]:
     "Who is tried by a short training, the best before it first."
     asked, feasible = run.recipe.selection, sorted((c for c in candidates if c.feasible and not isinstance(c.bits_per_byte, str)), key=_rank)
-    racing = [c for c in feasible if c.licence_verdict == feasible[0].licence_verdict][:asked.tunability]
+    same = lambda c: (c.licence_verdict, bool(c.damage))   # no race lifts a base over one that stands above it for another reason
+    racing = [c for c in feasible if same(c) == same(feasible[0])][:asked.tunability]
     return racing if len(racing) > 1 and asked.steps else []
 
 def race(run: Run,

@@ -137,7 +137,7 @@ def _speed(loaded: Loaded, recipe: Recipe, rows: Sequence[Row]) -> dict[str, flo
     return {'tokens_per_second': round(sum(one.tokens for one in together) / took, 1), 'answers_per_second': round(len(few) / took, 3),
             'answer_seconds': round(time.perf_counter() - middle, 3)}
 
-# %% ../../nbs/2_selection/probe.ipynb #b8ade1b5
+# %% ../../nbs/2_selection/probe.ipynb #b1c562b1
 def measured(candidate: Candidate,
              recipe: Recipe,
              validation: Sequence[Row],
@@ -151,5 +151,5 @@ def measured(candidate: Candidate,
     bits = bits_per_byte(loaded, rows, recipe.train.max_tokens, split_groups(rows, recipe.data.splits.group))
     value, low, high = (float(x) if math.isfinite(x) else 'NOT MEASURED' for x in (bits.value, bits.low, bits.high))
     if recipe.selection.rows: took |= _speed(loaded, recipe, rows)
-    return replace(candidate, bits_per_byte=value, low=low, high=high, rows=bits.n, damage=[*candidate.damage, *reading_damage(low, rows)], **took,
+    return replace(candidate, bits_per_byte=value, low=low, high=high, rows=bits.n, damage=[*candidate.damage, *reading_damage(loaded, rows)], **took,
                    seconds=round(candidate.seconds + time.perf_counter() - started, 2))

@@ -28,13 +28,13 @@ def _broken(tokenizer: Any, ids: set[int]) -> set[int]:
     "Tokens that are a part of a character."
     return {i for i in ids if '\ufffd' in tokenizer.decode([i])}
 
-# %% ../../nbs/2_selection/reading.ipynb #ffed1689
+# %% ../../nbs/2_selection/reading.ipynb #8164909a
 def _line(language: str, counts: Sequence[tuple[int, int, int, int]]) -> dict[str, Any]:
     "A language's rows, each as (words, tokens, unknown, bytes)."
     words, tokens, unknown, broken = (np.array(column, float) for column in zip(*counts))
-    low, high = cluster_intervals(tokens, words, 0, [0.95])[0]
+    low, high = cluster_intervals(tokens, words, 0, [0.95])[0] if len(counts) > 1 else (None, None)
     return {'language': language, 'rows': len(counts), 'words': int(words.sum()), 'tokens': int(tokens.sum()), 'tokens_per_word': float(tokens.sum() / words.sum()),
-            'low': max(0.0, low), 'high': high, 'unknown': float(unknown.sum() / max(1, tokens.sum())), 'byte_fallback': float(broken.sum() / max(1, tokens.sum()))}
+            'low': None if low is None else max(0.0, low), 'high': high, 'unknown': float(unknown.sum() / max(1, tokens.sum())), 'byte_fallback': float(broken.sum() / max(1, tokens.sum()))}
 
 def read_by_language(tokenizer: Any,
                      rows: Sequence[Row],
@@ -102,10 +102,11 @@ def read_template(tokenizer: Any,
     twice = ['its chat template begins with two begin-of-text tokens'] if bos is not None and ids[:2] == [bos, bos] else []
     return {'faults': [fault, *twice] if fault else twice, 'cautions': none + ([] if fault else _cautions(tokenizer))}
 
-# %% ../../nbs/2_selection/reading.ipynb #bffd872a
+# %% ../../nbs/2_selection/reading.ipynb #8a9f4b60
 def reading_table(read: dict[str, Sequence[dict]],   # base → what `read_by_language` gave
                  ) -> Shown:
     "How each base cuts each language."
-    rows = [{'base': name, 'language': line['language'], 'rows': line['rows'], 'tokens a word': f'{number(line["tokens_per_word"])} [{number(line["low"])}, {number(line["high"])}]',
+    bounds = lambda line: f'[{number(line["low"])}, {number(line["high"])}]' if line['high'] is not None else '(interval NOT MEASURED: one row)'
+    rows = [{'base': name, 'language': line['language'], 'rows': line['rows'], 'tokens a word': f'{number(line["tokens_per_word"])} {bounds(line)}',
              'unknown': f'{line["unknown"]:.1%}', 'bytes for characters': f'{line["byte_fallback"]:.1%}'} for name, lines in read.items() for line in lines]
     return table(rows, caption='How the rows are cut into tokens (shares of tokens; in languages without blanks a word is a character)')
