@@ -66,15 +66,16 @@ def read_licence(folder: str | Path,   # a model folder
     return next((found for name in ('LICENSE', 'LICENSE.txt', 'LICENSE.md') if (folder / name).is_file()
                  and (found := _titled(text(folder / name)))), None)
 
-# %% ../../nbs/2_selection/candidates.ipynb #d65820ce
+# %% ../../nbs/2_selection/candidates.ipynb #8cc07ebc
 OPEN = {'apache-2.0', 'mit', 'bsd', 'bsd-2-clause', 'bsd-3-clause', 'isc', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'unlicense', 'zlib'}
 
 def licence_verdict(licence: str | None,   # as stated; None: not stated
                     requirement: str,      # commercial | any
                    ) -> str:               # allowed | unknown | blocked
     "Whether a licence meets the requirement."
-    if requirement == 'any' or licence in OPEN: return 'allowed'
-    closed = licence and re.search(r'(^|[-_ ])(nc|non-?commercial|research)([-_ ]|$)', licence)
+    said = (licence or '').lower()   # SPDX names are written in many ways
+    if requirement == 'any' or said in OPEN: return 'allowed'
+    closed = re.search(r'(^|[-_ ])(nc|non-?commercial|research)([-_ ]|$)', said)
     return 'blocked' if closed else 'unknown'
 
 # %% ../../nbs/2_selection/candidates.ipynb #2d238b0c
