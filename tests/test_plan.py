@@ -99,3 +99,24 @@ def test_a_training_as_planned_settles_what_was_foretold(planned):
 def test_requirements_that_nothing_meets_get_a_clear_no_with_the_nearest_miss(recipe_of, tmp_path):
     done = cli('plan', recipe_of(tmp_path / 'recipe', requirements={'memory_gb': 1e-6}), '--name', 'no', '--reports', tmp_path / 'reports')
     assert done.returncode == 2 and 'Nearest miss' in done.stderr and (tmp_path / 'reports' / 'no' / 'report.html').is_file()
+
+
+@pytest.mark.slow
+def test_a_task_that_examples_in_the_prompt_solve_is_not_to_be_trained(tmp_path):
+    "The starter repeats a word once it has seen three that were repeated; that is all this task asks."
+    from finetune_nb.selection.choose import choose
+    from finetune_nb.selection.design import designed
+    from finetune_nb.selection.untrained import ask_untrained
+    words = ('apple river candle window garden silver mountain ticket basket pencil orange bridge winter pocket mirror castle forest button '
+             'letter summer rocket island pepper jacket tunnel flower needle marble ladder hammer cotton kitten').split()
+    rows = [make_row([turn('user', f'Repeat this word and write nothing else: {word}'), turn('assistant', word)], line=n) for n, word in enumerate(words)]
+    curated = SimpleNamespace(train=rows[:16], validation=rows[16:], test=[])
+    recipe = Recipe(name='echo', data={'sources': [{'path': 'x.jsonl'}]}, folder=tmp_path, gates={'Q6': {'floor': 10}}, requirements={'floor': .6},
+                    selection={'rows': 16}, evaluate={'metric': 'exact_match', 'max_new_tokens': 12})
+    run = Run(tmp_path / 'plan', recipe)
+    choice, untrained = choose(run, curated), ask_untrained(run, curated, 'starter')
+    plan = designed(run, curated, choice, [], untrained)
+    assert plan.advice['recommendation'] in ('zero_shot', 'few_shot'), untrained.scores
+    assert 'do not fine-tune' in plan.advice['because'] and 'already reaches your floor' in plan.advice['because']
+    strict = Run(tmp_path / 'strict', recipe.model_copy(update={'requirements': recipe.requirements.model_copy(update={'floor': .999})}))
+    assert designed(strict, curated, choice, [], untrained).advice['recommendation'] == 'lora'
