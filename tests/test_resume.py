@@ -107,6 +107,7 @@ def in_a_fork(work, tell: Path | None = None) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in its background with SIGINT ignored
         try:
             quiet = os.open(tell or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2): os.dup2(quiet, stream)

@@ -55,7 +55,7 @@ deploy: {serve: false}
 monitor: {}
 '''
 
-# %% ../../nbs/demo/recipe.ipynb #73db146c
+# %% ../../nbs/demo/recipe.ipynb #bb43a3b3
 INIT_RECIPE = '''\
 # What to learn, from what, and how to tell whether it worked. Run it: finetune-nb run recipe.yaml
 # A key that is misspelt is an error; a key that is left out has a default, written out in the run's own copy.
@@ -90,7 +90,8 @@ waivers:
   - {gate: Q6, who: "Your Name", why: "Example data: 45 rows, enough to try the pipeline and no more."}
 
 base_models: [starter]                               # starter: 135M, runs anywhere; else a local folder or a hub id; several: the best is chosen
-requirements: {licence: commercial, memory_gb: 16, minutes: 30}   # what base and training must keep to
+requirements: {licence: commercial, memory_gb: 16, minutes: 30}   # what base and training must keep to; also: languages: [en], context: 2048, seconds: 2,
+                                                     # answers_per_second: 1, floor: 0.8, private: true, hardware: 1x A100 80GB
 
 train:
   approach: lora                                     # lora or full; auto asks the advisor

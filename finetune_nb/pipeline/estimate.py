@@ -35,7 +35,7 @@ def _row_tokens(recipe: Recipe) -> float:
                 sizes += [len(line) for _, line in zip(range(100), file)]
     return min(recipe.train.max_tokens, sum(sizes) / len(sizes) / 4 if sizes else 200)
 
-# %% ../../nbs/pipeline/estimate.ipynb #430ae251
+# %% ../../nbs/pipeline/estimate.ipynb #6c55829f
 def estimate(recipe: Recipe,
              last: str = 'monitoring',   # last stage of the run
             ) -> dict:                   # seconds_low, seconds_high, disk_mb; None where unknown
@@ -44,8 +44,10 @@ def estimate(recipe: Recipe,
     if not size: return {'seconds_low': None, 'seconds_high': None, 'disk_mb': None}
     scale = max(0.02, size / STARTER_PARAMETERS)
     trained = recipe.train.max_steps * recipe.train.batch_size * _row_tokens(recipe) if last not in ('curation', 'selection') else 0
-    answers = recipe.evaluate.max_rows * min(100, recipe.evaluate.max_new_tokens) if last in ('evaluation', 'deployment', 'monitoring') else 0
-    low, high = (scale * (trained / t + 2 * answers / g) + fixed for t, g, fixed in ((450, 100, 20), (120, 40, 90)))
+    asked, tried = recipe.evaluate, 60 * recipe.selection.minutes if recipe.selection.steps and last != 'curation' else 0
+    said = asked.max_rows * min(100, asked.max_new_tokens) * (2 + bool(asked.rivals.few_shot)) + 2 * 5 * 64 * asked.panel.rows   # base, tuned, examples; both panels
+    answers = said if last in ('evaluation', 'deployment', 'monitoring') else 0
+    low, high = (scale * (trained / t + answers / g) + share * tried + fixed for t, g, share, fixed in ((450, 100, .3, 20), (120, 40, 1, 90)))
     return {'seconds_low': round(low), 'seconds_high': round(high), 'disk_mb': round((2 * size * 2 + 4 * size * .05) / 1e6) if trained else 5}
 
 # %% ../../nbs/pipeline/estimate.ipynb #69b0c5d3
