@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'BEARS_ON', 'left_minutes', 'try_approaches', 'floors_of', 'designed', 'foretold', 'corrected', 'past_said',
            'options', 'card_table', 'cards_measured', 'approaches_shown', 'advice_said', 'save_probes']
 
-# %% ../../nbs/2_selection/design.ipynb #eff804eb
+# %% ../../nbs/2_selection/design.ipynb #a4f3d4ae
 import math
 import re
 import time
@@ -21,7 +21,7 @@ from ..core.run import Run
 from ..core.show import Shown, join, number, say, table
 from ..core.statistics import Interval
 from ..curation.gate_record import FLOORS
-from .advisor import advise, measured_records, probe_approaches, step_rate, verdict_of
+from .advisor import _unmeasured, advise, measured_records, probe_approaches, step_rate, verdict_of
 from .choose import NOT_MEASURED, Choice, candidates_of
 from .hardware import Hardware
 from .wanted import moved
@@ -31,7 +31,7 @@ from .planned import TRAINABLE
 from .probe import need_gb
 from .untrained import Untrained
 
-# %% ../../nbs/2_selection/design.ipynb #817e75d4
+# %% ../../nbs/2_selection/design.ipynb #5eabaa50
 def left_minutes(run: Run,
                  started: float,   # `time.monotonic()` at the stage's begin
                 ) -> float:
@@ -42,10 +42,13 @@ def try_approaches(run: Run,
                    choice: Choice,
                    trial: Callable[..., dict],   # of base, approach and steps, by these names: as `short_training`
                    minutes: float,               # budget
+                   rows: int | None = None,      # training rows; None: not asked
                   ) -> list[dict]:               # as `probe_approaches`
-    "A few steps of each approach that is possible with the chosen base."
+    "A few steps of each approach that is possible with the chosen base; of none where the rows are too few for any."
     names = [record['approach'] for record in choice.advice['approaches'] if record['feasible'] and record['approach'] in TRAINABLE]
     steps = run.recipe.selection.steps
+    if steps and rows is not None and all(rows < floors_of(run).get(name, 0) for name in names):
+        return [_unmeasured(name, f'{rows:,} rows are too few for any training, so none was tried') for name in names]
     return probe_approaches(names, lambda name: trial(base=choice.base, approach=name, steps=steps), minutes) if steps else []
 
 # %% ../../nbs/2_selection/design.ipynb #f1b0a9ba
